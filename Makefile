@@ -1,0 +1,38 @@
+# `make demo` and `make test` set up everything they need in .venv.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.PHONY: help demo test lint format type-check build clean
+
+help: ## Show this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+$(INSTALLED): pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	touch $@
+
+demo: $(INSTALLED) ## Train, quantize, fine-tune and test on real solar cells (about 10 minutes on two cores)
+	$(BIN)/python -m anomalib_raad.demo
+
+test: $(INSTALLED) lint type-check ## Check the code and run the tests
+	$(BIN)/python -m pytest
+
+lint: $(INSTALLED) ## Check style
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+
+format: $(INSTALLED) ## Rewrite in the project's style
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+type-check: $(INSTALLED) ## Check types
+	$(BIN)/mypy
+
+build: $(INSTALLED) ## Build sdist and wheel into dist/
+	$(BIN)/python -m build
+
+clean: ## Remove the environment and everything built
+	rm -rf $(VENV) dist build .pytest_cache .mypy_cache .ruff_cache

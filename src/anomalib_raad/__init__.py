@@ -1,0 +1,26 @@
+"""RAAD for anomalib: train, quantize by score, fine-tune.
+
+The names below are imported when they are first used, so that Python's start-up hook (see ``registration``) costs
+nothing in programs that do not use anomalib.
+"""
+
+TYPE_CHECKING = False  # typing would cost more than all the rest
+if TYPE_CHECKING:
+    from .data.elpv import Elpv
+    from .lightning_model import Raad
+    from .torch_model import RaadModel
+
+__all__ = ["Elpv", "Raad", "RaadModel"]
+__version__ = "0.1.0"
+
+_HOMES = {"Elpv": ".data.elpv", "Raad": ".lightning_model", "RaadModel": ".torch_model"}
+
+
+def __getattr__(name: str) -> object:
+    """Import a public name on first use (PEP 562)."""
+    if name not in _HOMES:
+        msg = f"module {__name__!r} has no attribute {name!r}"
+        raise AttributeError(msg)
+    from importlib import import_module  # noqa: PLC0415
+
+    return getattr(import_module(_HOMES[name], __name__), name)

@@ -1,0 +1,101 @@
+"""Which normal images train, which are held out, and in which order they come, so that a run can be resumed."""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from copy import copy
+
+import torch
+from anomalib.data import AnomalibDataModule
+from torch.utils.data import DataLoader, Sampler
+
+
+class ResumableBatches(Sampler[list[int]]):
+    """Batches of an endless shuffle whose n-th batch depends on the seed and on n alone.
+
+    Every iteration continues at the batch that ``position`` names, so a run that was interrupted anywhere sees the
+    images it would have seen.
+
+    Args:
+        indices: Images to draw from; each is drawn once a round.
+        batch_size: Images a batch; the last of a round may be smaller.
+        seed: Seed of the shuffle.
+        position: Tells how many batches have been used so far.
+    """
+
+    def __init__(self, indices: Sequence[int], batch_size: int, seed: int, position: Callable[[], int]) -> None:
+        self.indices = list(indices)
+        self.batch_size = batch_size
+        self.seed = seed
+        self.position = position
+
+    def __len__(self) -> int:
+        """Batches a round."""
+        return math.ceil(len(self.indices) / self.batch_size)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        """Yield one round's number of batches, which may reach into the next round."""
+        start = self.position()
+        for number in range(start, start + len(self)):
+            within = number % len(self)
+            if number == start or within == 0:
+                order = self._order(number // len(self))
+            yield order[within * self.batch_size : (within + 1) * self.batch_size]
+
+    def _order(self, round_number: int) -> list[int]:
+        generator = torch.Generator().manual_seed(self.seed + round_number)
+        return [self.indices[i] for i in torch.randperm(len(self.indices), generator=generator).tolist()]
+
+
+class NormalImages:
+    """The normal training images of a datamodule, some of them held out from training.
+
+    The held-out images score the layers and normalise the maps; test images never do.
+
+    Args:
+        datamodule: Its training data must be set up.
+        held_out: Share of the images to hold out, at least one image.
+        seed: Seed of the split and of the order of training.
+
+    Raises:
+        ValueError: If there are fewer than two images.
+    """
+
+    def __init__(self, datamodule: AnomalibDataModule, held_out: float, seed: int) -> None:
+        self.datamodule = datamodule
+        self.seed = seed
+        order = torch.randperm(len(datamodule.train_data), generator=torch.Generator().manual_seed(seed)).tolist()
+        number = max(1, round(held_out * len(order)))
+        self.held_out, self.kept = order[:number], order[number:]
+        # Quantizers and statistics see the images as they are, without the user's random augmentations.
+        self._plain = copy(datamodule.train_data)
+        self._plain.augmentations = None
+
+    def plain(self, indices: Sequence[int]) -> Iterator[torch.Tensor]:
+        """Yield images without augmentation, each of shape ``(1, 3, H, W)`` in [0, 1]."""
+        for index in indices:
+            image = self._plain[index].image
+            assert image is not None  # noqa: S101  # a dataset item may lack an image, a training item never does
+            yield image.unsqueeze(0)
+
+    def take_over_training(self, position: Callable[[], int]) -> None:
+        """Let the datamodule train on the kept images, in an order that can be resumed, until :meth:`release`."""
+        self.release()
+        original = self.datamodule.train_dataloader
+
+        def train_dataloader() -> DataLoader:
+            loader = original()
+            batches = ResumableBatches(self.kept, loader.batch_size, self.seed, position)
+            return DataLoader(
+                loader.dataset,
+                batch_sampler=batches,
+                num_workers=loader.num_workers,
+                collate_fn=loader.collate_fn,
+                pin_memory=loader.pin_memory,
+                persistent_workers=loader.persistent_workers,
+            )
+
+        vars(self.datamodule)["train_dataloader"] = train_dataloader
+
+    def release(self) -> None:
+        """Give the datamodule its own loader back."""
+        vars(self.datamodule).pop("train_dataloader", None)

@@ -1,0 +1,408 @@
+"""RAAD as an anomalib model: the hooks that carry a fit through its three stages."""
+
+import json
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from anomalib import LearningType
+from anomalib.data import Batch
+from anomalib.data.transforms.utils import extract_transforms_by_type
+from anomalib.metrics import Evaluator
+from anomalib.models.components import AnomalibModule
+from anomalib.post_processing import PostProcessor
+from anomalib.pre_processing import PreProcessor
+from anomalib.visualization import Visualizer
+from lightning.pytorch.utilities.types import STEP_OUTPUT
+from torchvision.transforms.v2 import Compose, Normalize, Resize
+from tqdm import tqdm
+
+from .data.penalty import PenaltyImages
+from .data.training import NormalImages
+from .quantization.layers import quantizable_layers
+from .quantization.recipe import Allocation, model_bytes, quantize_
+from .stages import Schedule, Stage
+from .teacher.weights import load_teacher_
+from .torch_model import MAX_IMAGE_SIZE, MIN_IMAGE_SIZE, RaadModel
+
+logger = logging.getLogger(__name__)
+
+_UNLIMITED_EPOCHS = {None, -1, 1000}  # Lightning's max_epochs when the user has set none (1000), or no limit (-1)
+_PACE_STEPS = (5, 25)  # optimizer steps between which the pace is taken for the forecast of the run's length
+
+
+class Raad(AnomalibModule):
+    """RAAD: recalibrating the attention of industrial anomaly detection by quantization.
+
+    One ``fit`` trains EfficientAD's student and autoencoder on normal images, quantizes teacher, student and
+    autoencoder with bits chosen by hierarchical quantization scoring, and fine-tunes through the quantizers. The last
+    checkpoint holds the finished model.
+
+    Paper: https://arxiv.org/abs/2412.08189
+
+    Args:
+        teacher: ``bundled``, ``efficientad`` (anomalib's official weights, downloaded) or the path of a weights file.
+        model_size: ``small`` or ``medium``.
+        padding: Zero-pad the convolutions of teacher and student.
+        lr: Learning rate of stage 1.
+        finetune_lr: Learning rate of stage 3.
+        weight_decay: Adam's weight decay.
+        train_steps: Optimizer steps of stage 1, when the trainer's limits allow and ask for no other length; otherwise
+            the stages share the trainer's steps in this proportion.
+        finetune_steps: Optimizer steps of stage 3, likewise.
+        p_hard: Quantile of the hard-feature selection in Eq. 5.
+        lambda_st: Weight of L_ts in Eq. 6.
+        lambda_stae: Weight of L_aes in Eq. 6.
+        lambda_ae: Weight of L_tae in Eq. 6.
+        penalty_dir: Folder with images of anything but the part, for EfficientAD's penalty. ``None``: no penalty.
+        normalize_maps: Normalise the two maps by their quantiles on held-out normal images before averaging them.
+        bits: ``None`` lets HQS choose; a number quantizes every inner layer of teacher and student to as many bits; a
+            mapping names the bits of single layers.
+        first_last_bits: Bits of the first and last layer of teacher and student.
+        autoencoder_bits: Bits of the autoencoder.
+        hqs_thresholds: Limits of phi: scores below the first get 2 bits, then 3, 4, and from the last on 8.
+        held_out: Share of the normal training images held out for scores and map quantiles, at least one image.
+        calibration_images: At most so many training images serve for the teacher's channel statistics and the
+            quantizers' grids.
+        pre_processor: Pre-processor, or whether to use the default one.
+        post_processor: Post-processor, or whether to use the default one.
+        evaluator: Evaluator, or whether to use the default one.
+        visualizer: Visualizer, or whether to use the default one.
+
+    Raises:
+        ValueError: If a setting is out of its range; the message names it.
+
+    Example:
+        >>> from anomalib.data import MVTecAD
+        >>> from anomalib.engine import Engine
+        >>> from anomalib.models import Raad
+        >>> Engine(max_steps=2000).train(Raad(), datamodule=MVTecAD(train_batch_size=1))  # doctest: +SKIP
+    """
+
+    model: RaadModel
+    run_seed: torch.Tensor
+
+    def __init__(
+        self,
+        teacher: str | Path = "bundled",
+        model_size: str = "small",
+        padding: bool = False,
+        lr: float = 1e-4,
+        finetune_lr: float = 1e-5,
+        weight_decay: float = 1e-5,
+        train_steps: int = 70_000,
+        finetune_steps: int = 60_000,
+        p_hard: float = 0.999,
+        lambda_st: float = 1.0,
+        lambda_stae: float = 1.0,
+        lambda_ae: float = 1.0,
+        penalty_dir: str | Path | None = None,
+        normalize_maps: bool = True,
+        bits: int | dict[str, int] | None = None,
+        first_last_bits: int = 8,
+        autoencoder_bits: int = 8,
+        hqs_thresholds: tuple[float, float, float] = (0.25, 0.5, 0.75),
+        held_out: float = 0.1,
+        calibration_images: int = 128,
+        pre_processor: PreProcessor | bool = True,
+        post_processor: PostProcessor | bool = True,
+        evaluator: Evaluator | bool = True,
+        visualizer: Visualizer | bool = True,
+    ) -> None:
+        super().__init__(pre_processor, post_processor, evaluator, visualizer)
+        positive = {"lr": lr, "finetune_lr": finetune_lr, "train_steps": train_steps, "finetune_steps": finetune_steps}
+        positive["calibration_images"] = calibration_images
+        for name, value in positive.items():
+            if not value > 0:
+                msg = f"{name} is {value}; a positive number is needed"
+                raise ValueError(msg)
+        if not 0 < held_out < 1:
+            msg = f"held_out is {held_out}; a share between 0 and 1 is needed"
+            raise ValueError(msg)
+        self.model = RaadModel(model_size=model_size, padding=padding, p_hard=p_hard)
+        self.allocation = Allocation(bits, first_last_bits, autoencoder_bits, hqs_thresholds)
+        self.allocation.check_names(list(quantizable_layers(self.model.teacher)))
+        self.lambdas = {"st": lambda_st, "stae": lambda_stae, "ae": lambda_ae, "penalty": 1.0}
+        self.schedule = Schedule(train_steps, finetune_steps)
+        self._scores: dict[str, float] = {}
+        self._stages: list[dict[str, Any]] = []
+        self._penalty: PenaltyImages | None = None
+        self._pace_start = 0.0
+        # Everything random in a run follows from this number; -1 until the run has begun.
+        self.register_buffer("run_seed", torch.tensor(-1))
+
+    # ---------------------------------------------------------------------------------------------- before training
+
+    def setup(self, stage: str) -> None:
+        """Check the settings and the data, and load the teacher, before training starts."""
+        if stage != "fit":
+            return
+        if self.trainer.datamodule is None:
+            msg = "Raad splits its training images itself: pass a datamodule to fit, not dataloaders"
+            raise ValueError(msg)
+        number = len(self.trainer.datamodule.train_data)
+        if number < 2:
+            msg = f"the training set has {number} image(s); Raad needs one to train on and one to hold out, better 20"
+            raise ValueError(msg)
+        self._check_pre_processor()
+        if self.hparams["penalty_dir"] is not None:
+            self._penalty = PenaltyImages(self.hparams["penalty_dir"])
+        if not self.model.teacher_loaded:
+            load_teacher_(self.model.teacher, self.hparams["teacher"], self.hparams["model_size"])
+            self.model.teacher_loaded.fill_(value=True)
+
+    def _check_pre_processor(self) -> None:
+        if self.pre_processor and extract_transforms_by_type(self.pre_processor.transform, Normalize):
+            msg = "the pre-processor has a Normalize; Raad normalises in its networks and needs images in [0, 1]"
+            raise ValueError(msg)
+        if self.input_size and not all(MIN_IMAGE_SIZE <= side <= MAX_IMAGE_SIZE for side in self.input_size):
+            msg = (
+                f"the image size is {tuple(self.input_size)}; sides of {MIN_IMAGE_SIZE} to {MAX_IMAGE_SIZE} are needed"
+            )
+            raise ValueError(msg)
+
+    def on_fit_start(self) -> None:
+        """Fix the run's seed and with it the split and the order of the training images."""
+        if self.run_seed < 0:
+            self.run_seed.fill_(torch.initial_seed() % 2**31)
+        self._images = NormalImages(self.trainer.datamodule, self.hparams["held_out"], int(self.run_seed))
+        self._images.take_over_training(lambda: self.trainer.global_step * self.trainer.accumulate_grad_batches)
+
+    def on_train_start(self) -> None:
+        """Lay out the schedule and compute the teacher's channel statistics, once a run."""
+        options = self.hparams
+        total = int(min(self.trainer.estimated_stepping_batches, np.iinfo(np.int64).max))
+        if self.trainer.max_steps == -1 and self.trainer.max_epochs in _UNLIMITED_EPOCHS:
+            total = min(total, options["train_steps"] + options["finetune_steps"])
+        self.schedule = Schedule.scaled(options["train_steps"], options["finetune_steps"], total)
+        if not self.model.teacher_normalized:
+            self._set_teacher_statistics()
+        # The only use of validation is to set the thresholds of the finished model: it runs once, at the end.
+        self._limit_val_batches, self.trainer.limit_val_batches = self.trainer.limit_val_batches, 0
+
+    def _set_teacher_statistics(self) -> None:
+        with self._evaluating():
+            self.model.set_teacher_statistics_(self._calibration_images("Teacher statistics"))
+
+    def configure_optimizers(self) -> Any:  # noqa: ANN401  # one of the many forms Lightning takes
+        """Adam on student and autoencoder, with a learning rate for each stage."""
+        options = self.hparams
+        parameters = [*self.model.student.parameters(), *self.model.ae.parameters()]
+        optimizer = torch.optim.Adam(parameters, lr=options["lr"], weight_decay=options["weight_decay"])
+
+        def factor(step: int) -> float:
+            return options["finetune_lr"] / options["lr"] if self.schedule.stage(step) is Stage.FINE_TUNE else 1.0
+
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    # ---------------------------------------------------------------------------------------------------- training
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        """Quantize when the first step of stage 3 is due."""
+        del batch, batch_idx
+        if self.schedule.stage(self.global_step) is Stage.FINE_TUNE and not self.model.quantized:
+            self._end_stage("trained", self.global_step)
+            self._quantize()
+            self._end_stage("quantized", self.global_step)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> STEP_OUTPUT:
+        """Compute the loss of Eq. 6 and log its terms."""
+        with self._step_randomness(batch_idx):
+            images = cast("torch.Tensor", batch.image)
+            losses = self.model(images, self._penalty.draw(images) if self._penalty else None)
+        terms = {name: term for name, term in losses._asdict().items() if term is not None}
+        loss = sum(self.lambdas[name] * term for name, term in terms.items())
+        stage = self.schedule.stage(self.global_step)
+        if not torch.isfinite(loss):
+            self._stop_at_non_finite("loss", ", ".join(f"{name}={term.item()}" for name, term in terms.items()))
+        self.log("stage", float(stage), prog_bar=True)
+        self.log("train_loss", loss, prog_bar=True)
+        self.log_dict({f"train_{name}": term for name, term in terms.items()})
+        return loss
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Stop before a gradient that is not finite can spoil the weights."""
+        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        if not torch.isfinite(norm):
+            self._stop_at_non_finite("gradient", f"norm={float(norm)}")
+
+    def _stop_at_non_finite(self, what: str, details: str) -> None:
+        stage = self.schedule.stage(self.global_step).name.lower()
+        msg = (
+            f"the {what} of step {self.global_step} (stage {stage}) is not finite: {details}. The weights are those of "
+            "the last good step. Check the images for NaN, or lower lr."
+        )
+        raise FloatingPointError(msg)
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401
+        """Step, and finish the model in the last step, before any callback can save a checkpoint of it."""
+        super().optimizer_step(*args, **kwargs)
+        if self.global_step + 1 == self.schedule.total:
+            self._end_stage("fine_tuned", self.global_step + 1)
+            self._write_report()
+            self.trainer.limit_val_batches = self._limit_val_batches
+            self.trainer.should_stop = True  # lets Lightning validate even in the middle of an epoch
+
+    def on_train_batch_end(self, outputs: STEP_OUTPUT, batch: Batch, batch_idx: int) -> None:
+        """Tell once how long the run will take."""
+        del outputs, batch, batch_idx
+        first, last = _PACE_STEPS
+        step = self.trainer.fit_loop.total_batch_idx
+        if step == first:
+            self._pace_start = time.monotonic()
+        elif step == last:
+            self._forecast((time.monotonic() - self._pace_start) / (last - first))
+
+    def _forecast(self, seconds: float) -> None:
+        steps = self.schedule.total - self.global_step
+        hours, minutes = divmod(round(steps * seconds / 60), 60)
+        logger.info(
+            "Raad: %d steps at %.2f s take about %d h %02d min on this machine (train %d, quantize, fine-tune %d). "
+            "To shorten: --trainer.max_steps, --trainer.precision bf16-mixed.",
+            *(steps, seconds, hours, minutes, self.schedule.train_steps, self.schedule.finetune_steps),
+        )
+
+    def on_train_end(self) -> None:
+        """Warn if the run ended before the model was finished."""
+        if self.global_step < self.schedule.total:
+            logger.warning(
+                "Raad stopped after %d of %d steps: the model is not finished. Resume with ckpt_path.",
+                *(self.global_step, self.schedule.total),
+            )
+
+    def teardown(self, stage: str) -> None:
+        """Give the datamodule its own training loader back."""
+        if stage == "fit":
+            self._images.release()
+            del self._images  # it refers to the datamodule, which must not be pickled with the model
+
+    # ----------------------------------------------------------------------------------------------------- stage 2
+
+    def _quantize(self) -> None:
+        with self._evaluating():
+            self._scores = quantize_(
+                self.model,
+                self._held_out_images("Hierarchical quantization scoring"),
+                self._calibration_images("Quantizer calibration"),
+                self.allocation,
+            )
+        self._set_teacher_statistics()
+        self.trainer.optimizers[0].state.clear()  # stage 3 starts with a fresh Adam
+        bits = {name: layer.bits for name, layer in quantizable_layers(self.model.teacher).items()}
+        logger.info("Raad: bits of teacher and student %s, scores %s", bits, self._scores)
+
+    def _end_stage(self, name: str, step: int) -> None:
+        """Normalise the maps for the model as it is now, note how it does on held-out normals, save it."""
+        with self._evaluating():
+            maps = [torch.stack(pair) for pair in map(self.model.maps, self._held_out_images(f"Map quantiles, {name}"))]
+        values = np.concatenate([pair.flatten(1).cpu().numpy() for pair in maps], axis=1)
+        if self.hparams["normalize_maps"]:
+            low, high = np.quantile(values, [0.9, 0.995], axis=1)
+            high = np.maximum(high, low + 1e-6)  # the maps of a part without any variation are constant
+            self.model.map_quantiles.copy_(torch.tensor(np.stack([low, high], axis=1)))
+        means = dict(zip(["held_out_map_st", "held_out_map_ae"], values.mean(axis=1).tolist(), strict=True))
+        self._stages.append({"stage": name, "step": step, "bytes": model_bytes(self.model), **means})
+        for metrics_logger in self.loggers:
+            metrics_logger.log_metrics(means, step=step)
+        callback = self.trainer.checkpoint_callback
+        if name != "fine_tuned" and callback is not None and callback.dirpath and not self.trainer.fast_dev_run:
+            self.trainer.save_checkpoint(Path(callback.dirpath) / f"{name}.ckpt")
+
+    def _write_report(self) -> None:
+        """Write bits, scores and stage metrics to ``quantization.json`` in the results folder."""
+        networks = {"teacher": self.model.teacher, "student": self.model.student, "autoencoder": self.model.ae}
+        layers: list[dict[str, Any]] = [
+            {
+                "layer": f"{network}.{name}",
+                "bits": layer.bits,
+                "input_bits": layer.input_bits,
+                "weights": layer.weight.numel(),
+                "score": self._scores.get(name) if network != "autoencoder" else None,
+            }
+            for network, module in networks.items()
+            for name, layer in quantizable_layers(module).items()
+        ]
+        weights = sum(layer["weights"] for layer in layers)
+        report = {
+            "average_bits": sum(layer["bits"] * layer["weights"] for layer in layers) / weights,
+            "layers": layers,
+            "stages": self._stages,
+        }
+        path = Path(self.trainer.default_root_dir) / "quantization.json"
+        if self.trainer.is_global_zero and not self.trainer.fast_dev_run:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(report, indent=2))
+
+    # ----------------------------------------------------------------------------------------------------- helpers
+
+    @contextmanager
+    def _evaluating(self) -> Iterator[None]:
+        """Evaluation mode without gradients."""
+        training = self.model.training
+        self.model.eval()
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            self.model.train(training)
+
+    @contextmanager
+    def _step_randomness(self, batch_idx: int) -> Iterator[None]:
+        """Draw a step's random numbers from the seed and the step alone, so that a resumed run draws the same."""
+        devices = [self.device] if self.device.type == "cuda" else []
+        with torch.random.fork_rng(devices):
+            numbers = [int(self.run_seed), self.global_step, batch_idx, self.global_rank]
+            torch.manual_seed(int(np.random.SeedSequence(numbers).generate_state(1)[0]))
+            yield
+
+    def _held_out_images(self, description: str) -> Iterator[torch.Tensor]:
+        return self._plain_images(self._images.held_out, description)
+
+    def _calibration_images(self, description: str) -> Iterator[torch.Tensor]:
+        return self._plain_images(self._images.kept[: self.hparams["calibration_images"]], description)
+
+    def _plain_images(self, indices: Sequence[int], description: str) -> Iterator[torch.Tensor]:
+        transform = cast("PreProcessor", self.pre_processor).transform if self.pre_processor else None
+        bar = tqdm(self._images.plain(indices), description, total=len(indices), leave=False)
+        for image in bar:
+            yield transform(image.to(self.device)) if transform else image.to(self.device)
+
+    # ---------------------------------------------------------------------------------------------- anomalib's hooks
+
+    def validation_step(self, batch: Batch, *args: Any, **kwargs: Any) -> STEP_OUTPUT:  # noqa: ANN401
+        """Predict anomaly maps and scores, from which the post-processor takes its thresholds."""
+        del args, kwargs
+        predictions = self.model(batch.image)
+        return batch.update(**predictions._asdict())
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Save the report's numbers with the model."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["raad"] = {"scores": self._scores, "stages": self._stages}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Restore the report's numbers."""
+        super().on_load_checkpoint(checkpoint)
+        self._scores, self._stages = checkpoint["raad"]["scores"], checkpoint["raad"]["stages"]
+
+    @classmethod
+    def configure_pre_processor(cls, image_size: tuple[int, int] | None = None) -> PreProcessor:
+        """Resize to 256x256 by default; ImageNet normalisation is part of the networks."""
+        return PreProcessor(transform=Compose([Resize(image_size or (256, 256), antialias=True)]))
+
+    @property
+    def trainer_arguments(self) -> dict[str, Any]:
+        """No sanity check: before training there is nothing to validate."""
+        return {"num_sanity_val_steps": 0}
+
+    @property
+    def learning_type(self) -> LearningType:
+        """One-class: trained on normal images only."""
+        return LearningType.ONE_CLASS

@@ -1,0 +1,1 @@
+"""Stage 2 of RAAD in plain torch: quantizers, scores, the recipe."""

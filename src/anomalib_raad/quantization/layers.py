@@ -1,0 +1,112 @@
+"""A convolution that can be quantized in place: its bits, steps and zero-point are its own state."""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from .quantizers import (
+    BITS,
+    check_bits,
+    fake_quantize,
+    input_range,
+    search_input_grid,
+    search_weight_step,
+    weight_range,
+)
+
+_ALL = slice(None)
+
+
+class QuantConv2d(nn.Conv2d):
+    """A convolution whose weights and input are fake-quantized once :meth:`quantize_` has been called.
+
+    Weights have one step per output channel (symmetric grid), the input has one step and zero-point (affine grid).
+    Parameters keep the names and shapes of ``nn.Conv2d``, so state dicts of float networks load. The grid is part of
+    the state dict too: the steps as buffers, the bit-widths (0: not quantized) as extra state.
+    """
+
+    weight_step: torch.Tensor
+    input_step: torch.Tensor
+    input_zero_point: torch.Tensor
+
+    @classmethod
+    def from_conv(cls, conv: nn.Conv2d) -> "QuantConv2d":
+        """Take over the weights of a convolution; the result computes the same until it is quantized."""
+        layer = cls(
+            conv.in_channels,
+            conv.out_channels,
+            conv.kernel_size,  # type: ignore[arg-type]  # a pair, which torch declares as any tuple
+            conv.stride,  # type: ignore[arg-type]
+            conv.padding,  # type: ignore[arg-type]
+            conv.dilation,  # type: ignore[arg-type]
+            conv.groups,
+            bias=conv.bias is not None,
+            padding_mode=conv.padding_mode,
+        )
+        layer.weight, layer.bias = conv.weight, conv.bias
+        layer.bits = layer.input_bits = 0
+        layer.register_buffer("weight_step", torch.ones(conv.out_channels, 1, 1, 1))
+        layer.register_buffer("input_step", torch.ones(()))
+        layer.register_buffer("input_zero_point", torch.zeros(()))
+        return layer
+
+    def quantize_(self, bits: int, inputs: torch.Tensor | None) -> None:
+        """Choose the grids with the least squared rounding error and quantize from now on.
+
+        Args:
+            bits: Bit-width of the weights and of the input, one of 2, 3, 4, 8.
+            inputs: Sample of the input's values, any shape. ``None`` leaves the input as it is, for a first layer
+                whose input, the image, has 8 bits already.
+        """
+        check_bits("the bit-width of a layer", bits)
+        self.weight_step.copy_(search_weight_step(self.weight, bits))
+        self.bits = bits
+        if inputs is not None:
+            step, zero_point = search_input_grid(inputs, bits)
+            self.input_step.copy_(step)
+            self.input_zero_point.copy_(zero_point)
+            self.input_bits = bits
+
+    def quantized_weight(self, channels: slice = _ALL) -> torch.Tensor:
+        """The weights the convolution uses, shape ``(out, in, h, w)``, or those of some output channels."""
+        if not self.bits:
+            return self.weight[channels]
+        return fake_quantize(self.weight[channels], self.weight_step[channels], 0, *weight_range(self.bits))
+
+    def forward(self, x: torch.Tensor, channels: slice = _ALL) -> torch.Tensor:
+        """Convolve; ``channels`` computes only those output channels."""
+        if self.input_bits:
+            x = fake_quantize(x, self.input_step, self.input_zero_point, *input_range(self.input_bits))
+        bias = self.bias[channels] if self.bias is not None else None
+        return self._conv_forward(x, self.quantized_weight(channels), bias)
+
+    def get_extra_state(self) -> dict[str, int]:
+        """Bit-widths for the state dict."""
+        return {"bits": self.bits, "input_bits": self.input_bits}
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        """Restore the bit-widths."""
+        for name, bits in state.items():
+            if name not in {"bits", "input_bits"} or bits not in {0, *BITS}:
+                msg = f"the state dict says {name}={bits!r}; allowed are bits and input_bits of 0 (off) or {BITS}"
+                raise ValueError(msg)
+            setattr(self, name, bits)
+
+    def extra_repr(self) -> str:
+        """Show the bit-widths."""
+        return f"{super().extra_repr()}, bits={self.bits}, input_bits={self.input_bits}"
+
+
+def make_quantizable_(network: nn.Module) -> nn.Module:
+    """Replace every convolution of a network by a :class:`QuantConv2d`, in place."""
+    for parent in list(network.modules()):
+        for name, child in parent.named_children():
+            if type(child) is nn.Conv2d:
+                setattr(parent, name, QuantConv2d.from_conv(child))
+    return network
+
+
+def quantizable_layers(network: nn.Module) -> dict[str, QuantConv2d]:
+    """The quantizable convolutions of a network by name, in order of definition."""
+    return {name: module for name, module in network.named_modules() if isinstance(module, QuantConv2d)}

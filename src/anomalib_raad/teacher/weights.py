@@ -1,0 +1,84 @@
+"""Where a teacher comes from: the package itself, anomalib's official weights, or a file."""
+
+from hashlib import sha256
+from importlib.resources import files
+from pathlib import Path
+
+import torch
+from anomalib.data.utils import download_and_extract
+from anomalib.models.image.efficient_ad.lightning_model import WEIGHTS_DOWNLOAD_INFO
+from anomalib.utils.path import get_pretrained_weights_dir
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+BUNDLED_SHA256 = "0e379493705d7f61500adbe0b6699c6b564ccf76bcd5fb59473b9ae2f302085f"
+_BUNDLED = "teacher_small.safetensors"
+
+
+def load_teacher_(network: nn.Module, source: str | Path, model_size: str) -> None:
+    """Load a teacher's weights into a patch description network, in place.
+
+    Args:
+        network: PDN of the given size.
+        source: ``bundled`` (in this package, small only), ``efficientad`` (anomalib's official weights, downloaded by
+            anomalib's own code on first use) or a ``.safetensors``, ``.pth`` or ``.pt`` file with a PDN's state dict.
+        model_size: ``small`` or ``medium``.
+
+    Raises:
+        FileNotFoundError: If ``source`` is neither a known name nor a file.
+        ValueError: If the file does not hold a PDN of this size, or the bundled file was changed.
+    """
+    path = _teacher_path(source, model_size)
+    if path.suffix == ".safetensors":
+        state = load_file(path)
+    else:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    own = dict(network.named_parameters())
+    shapes = {name: tuple(parameter.shape) for name, parameter in own.items()}
+    found = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    if shapes != found:
+        different = sorted(name for name in shapes.keys() | found.keys() if shapes.get(name) != found.get(name))
+        name = different[0]
+        msg = (
+            f"{path} does not hold a {model_size} teacher: {name} has shape {found.get(name)}, needed is "
+            f"{shapes.get(name)} ({len(different)} tensors differ)"
+        )
+        raise ValueError(msg)
+    with torch.no_grad():
+        for name, parameter in own.items():
+            parameter.copy_(state[name])
+
+
+def _teacher_path(source: str | Path, model_size: str) -> Path:
+    if source == "bundled":
+        return _bundled_path(model_size)
+    if source == "efficientad":
+        root = get_pretrained_weights_dir()
+        if not (root / "efficientad_pretrained_weights").is_dir():
+            download_and_extract(root, WEIGHTS_DOWNLOAD_INFO)
+        return root / "efficientad_pretrained_weights" / f"pretrained_teacher_{model_size}.pth"
+    path = Path(source)
+    if not path.is_file():
+        msg = (
+            f"unknown teacher {str(source)!r}: use 'bundled', 'efficientad' or the path of a .safetensors or .pth file"
+        )
+        raise FileNotFoundError(msg)
+    return path
+
+
+def _bundled_path(model_size: str) -> Path:
+    if model_size != "small":
+        msg = f"there is no bundled {model_size} teacher: use teacher='efficientad' or the path of a weights file"
+        raise ValueError(msg)
+    path = Path(str(files(__package__) / _BUNDLED))
+    if sha256(path.read_bytes()).hexdigest() != BUNDLED_SHA256:
+        msg = f"{path} is damaged: its SHA-256 is not {BUNDLED_SHA256}; install anomalib-raad again"
+        raise ValueError(msg)
+    return path
+
+
+def save_teacher(network: nn.Module, path: str | Path) -> str:
+    """Write a teacher's weights as float16 safetensors and return the file's SHA-256."""
+    state = {name: parameter.detach().half().contiguous() for name, parameter in network.named_parameters()}
+    save_file(state, path)
+    return sha256(Path(path).read_bytes()).hexdigest()

@@ -1,0 +1,240 @@
+"""The networks of RAAD and what is computed from them: loss terms, anomaly maps, scores. No Lightning."""
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+from anomalib.data import InferenceBatch
+from anomalib.models.image.efficient_ad.torch_model import (
+    AutoEncoder,
+    EfficientAdModelSize,
+    MediumPatchDescriptionNetwork,
+    SmallPatchDescriptionNetwork,
+    imagenet_norm_batch,
+)
+from torch import nn
+from torch.nn import functional as F  # noqa: N812
+from torchvision.transforms.v2 import functional as TF  # noqa: N812
+
+from .losses import hard_feature_loss, squared_difference
+from .quantization.layers import make_quantizable_, quantizable_layers
+from .statistics import channel_mean_std
+
+PDN_CLASSES = {
+    EfficientAdModelSize.S: SmallPatchDescriptionNetwork,
+    EfficientAdModelSize.M: MediumPatchDescriptionNetwork,
+}
+MIN_IMAGE_SIZE, MAX_IMAGE_SIZE = 64, 1024
+_AE_SIZE = (256, 256)  # the image size for which the autoencoder's bottleneck is one vector of 64 values
+_LOST_CELLS = 4  # cells a PDN without padding loses on each side of its output
+_ALL = slice(None)
+
+
+class Losses(NamedTuple):
+    """The three terms of Eq. 6 and EfficientAD's penalty, each a scalar, not yet weighted."""
+
+    st: torch.Tensor
+    """L_ts: student against teacher, hard features only."""
+    stae: torch.Tensor
+    """L_aes: student against autoencoder."""
+    ae: torch.Tensor
+    """L_tae: autoencoder against teacher."""
+    penalty: torch.Tensor | None = None
+    """Mean squared student output on an image that has nothing to do with the part."""
+
+
+class RaadModel(nn.Module):
+    """Teacher, student and autoencoder of EfficientAD with convolutions that can be quantized in place.
+
+    In training mode :meth:`forward` returns :class:`Losses`, in evaluation mode an ``InferenceBatch``.
+
+    Images may have any size from 64 to 1024 pixels a side. The PDNs are fully convolutional. The autoencoder always
+    sees the whole image at 256x256, so that its bottleneck stays one vector of 64 values; its output is resized to the
+    PDNs' output. At 256x256 this is EfficientAD.
+
+    Args:
+        model_size: ``small`` (PDN-S) or ``medium`` (PDN-M).
+        padding: Zero-pad the PDNs' convolutions. Without it the maps' borders are filled with zeros.
+        out_channels: Channels of teacher and autoencoder; the student has twice as many.
+        p_hard: Quantile of the hard-feature selection, see :func:`~.losses.hard_feature_loss`.
+    """
+
+    teacher_mean: torch.Tensor
+    teacher_std: torch.Tensor
+    map_quantiles: torch.Tensor
+    teacher_loaded: torch.Tensor
+    teacher_normalized: torch.Tensor
+
+    def __init__(
+        self,
+        model_size: str = "small",
+        padding: bool = False,
+        out_channels: int = 384,
+        p_hard: float = 0.999,
+    ) -> None:
+        super().__init__()
+        sizes = [size.value for size in EfficientAdModelSize]
+        if model_size not in sizes:
+            msg = f"model_size is {model_size!r}; the sizes are {', '.join(sorted(sizes))}"
+            raise ValueError(msg)
+        if not 0 <= p_hard < 1:
+            msg = f"p_hard is {p_hard}; a quantile in [0, 1) is needed"
+            raise ValueError(msg)
+        pdn = PDN_CLASSES[EfficientAdModelSize(model_size)]
+        self.teacher = make_quantizable_(pdn(out_channels, padding)).requires_grad_(requires_grad=False).eval()
+        self.student = make_quantizable_(pdn(2 * out_channels, padding))
+        self.ae = make_quantizable_(AutoEncoder(out_channels, padding))
+        self.out_channels = out_channels
+        self.padding = padding
+        self.p_hard = p_hard
+        # Channel statistics of the teacher on normal images, mu and sigma.
+        self.register_buffer("teacher_mean", torch.zeros(1, out_channels, 1, 1))
+        self.register_buffer("teacher_std", torch.ones(1, out_channels, 1, 1))
+        # Rows: student-teacher map, student-autoencoder map; columns: q_a and q_b. (0, 0.1) leaves a map as it is.
+        self.register_buffer("map_quantiles", torch.tensor([[0.0, 0.1], [0.0, 0.1]]))
+        self.register_buffer("teacher_loaded", torch.tensor(False))  # noqa: FBT003
+        self.register_buffer("teacher_normalized", torch.tensor(False))  # noqa: FBT003
+
+    @property
+    def quantized(self) -> bool:
+        """Whether stage 2 is over."""
+        return any(layer.bits for layer in quantizable_layers(self).values())
+
+    def train(self, mode: bool = True) -> "RaadModel":
+        """Set the mode of student and autoencoder; the teacher stays in evaluation mode."""
+        super().train(mode)
+        self.teacher.eval()
+        return self
+
+    def forward(self, image: torch.Tensor, penalty_image: torch.Tensor | None = None) -> Losses | InferenceBatch:
+        """Compute the loss terms (training mode) or predictions (evaluation mode).
+
+        Args:
+            image: Images of shape ``(N, 3, H, W)`` in [0, 1], not normalised.
+            penalty_image: In training mode, images for the penalty, of the same shape. ``None``: no penalty.
+        """
+        if self.training:
+            return self.losses(image, penalty_image)
+        map_st, map_ae = self.maps(image)
+        (a_st, b_st), (a_ae, b_ae) = self.map_quantiles
+        # Mean of EfficientAD's normalised maps: the q_a-quantile of normal images becomes 0, the q_b-quantile 0.1.
+        anomaly_map = 0.05 * ((map_st - a_st) / (b_st - a_st) + (map_ae - a_ae) / (b_ae - a_ae))
+        return InferenceBatch(pred_score=anomaly_map.amax(dim=(-2, -1)), anomaly_map=anomaly_map)
+
+    def losses(self, image: torch.Tensor, penalty_image: torch.Tensor | None = None) -> Losses:
+        """The terms of Eq. 6 for a batch of images in [0, 1], shape ``(N, 3, H, W)``."""
+        to_teacher, to_autoencoder = slice(None, self.out_channels), slice(self.out_channels, None)
+        image = self._prepare(image)
+        augmented = self._prepare(augment(image))
+        with torch.no_grad():
+            target, augmented_target = self._normalized_teacher(image), self._normalized_teacher(augmented)
+
+        student = describe(self.student, augmented, to_autoencoder)
+        autoencoder = self._autoencode(augmented, student.shape[-2:])
+        penalty = None
+        if penalty_image is not None:
+            penalty = describe(self.student, self._prepare(penalty_image), to_teacher).float().square().mean()
+        return Losses(
+            st=hard_feature_loss(target, describe(self.student, image, to_teacher), self.p_hard),
+            stae=squared_difference(autoencoder, student).mean(),
+            ae=squared_difference(augmented_target, autoencoder).mean(),
+            penalty=penalty,
+        )
+
+    def maps(self, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Student-teacher and student-autoencoder map of images, unnormalised, each ``(N, 1, H, W)``.
+
+        ``M = mean_c D``, resized bilinearly to the image.
+        """
+        size = image.shape[-2:]
+        image = self._prepare(image)
+        student = describe(self.student, image)
+        to_teacher, to_autoencoder = student[:, : self.out_channels], student[:, self.out_channels :]
+        differences = (
+            squared_difference(self._normalized_teacher(image), to_teacher),
+            squared_difference(self._autoencode(image, student.shape[-2:]), to_autoencoder),
+        )
+        map_st, map_ae = (self._resize(d.mean(dim=1, keepdim=True), size) for d in differences)
+        return map_st, map_ae
+
+    def aligned_features(self, image: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Features of teacher and student layer by layer, for Eq. 4; each of shape ``(N, c_l, h_l, w_l)``.
+
+        After the ReLU for the inner layers; for the last one the normalised teacher. Where the student is twice as
+        wide, its first half counts, the one that learns the teacher.
+        """
+        image = self._prepare(image)
+        teacher: list[torch.Tensor] = []
+        student: list[torch.Tensor] = []
+        teacher.append(self._normalize(describe(self.teacher, image, taps=teacher)))
+        student.append(describe(self.student, image, taps=student))
+        return [(t, s[:, : t.shape[1]]) for t, s in zip(teacher, student, strict=True)]
+
+    @torch.no_grad()
+    def set_teacher_statistics_(self, images: Iterable[torch.Tensor]) -> None:
+        """Compute the teacher's channel mean and standard deviation over batches of normal images."""
+        mean, std = channel_mean_std(describe(self.teacher, self._prepare(image)) for image in images)
+        self.teacher_mean.copy_(mean)
+        self.teacher_std.copy_(std)
+        self.teacher_normalized.fill_(value=True)
+
+    def _prepare(self, image: torch.Tensor) -> torch.Tensor:
+        """Round the image to its 8 bits once the model is quantized: the first layers' input quantizer."""
+        if self.quantized:
+            image = (image * 255).round() / 255
+        return image.contiguous(memory_format=torch.channels_last)
+
+    def _normalized_teacher(self, image: torch.Tensor) -> torch.Tensor:
+        return self._normalize(describe(self.teacher, image))
+
+    def _normalize(self, features: torch.Tensor) -> torch.Tensor:
+        return (features - self.teacher_mean) / self.teacher_std
+
+    def _autoencode(self, image: torch.Tensor, size: torch.Size) -> torch.Tensor:
+        # Without antialiasing: anomalib's ONNX export, at an opset below 18, cannot express it.
+        seen = F.interpolate(image, size=_AE_SIZE, mode="bilinear", align_corners=False)
+        return F.interpolate(self.ae(self._prepare(seen), _AE_SIZE), size=size, mode="bilinear", align_corners=False)
+
+    def _resize(self, anomaly_map: torch.Tensor, size: torch.Size) -> torch.Tensor:
+        if not self.padding:
+            anomaly_map = F.pad(anomaly_map, [_LOST_CELLS] * 4)
+        return F.interpolate(anomaly_map, size=size, mode="bilinear", align_corners=False)
+
+
+def describe(
+    pdn: nn.Module,
+    image: torch.Tensor,
+    channels: slice = _ALL,
+    taps: list[torch.Tensor] | None = None,
+) -> torch.Tensor:
+    """Run a patch description network.
+
+    Args:
+        pdn: anomalib's small or medium network, made quantizable.
+        image: Images of shape ``(N, 3, H, W)`` in [0, 1].
+        channels: Output channels to compute; each loss term uses only one half of the student's.
+        taps: Receives the output of every inner convolution after its ReLU.
+
+    Returns:
+        Features of shape ``(N, C, h, w)``.
+    """
+    *inner, last = quantizable_layers(pdn).values()
+    pools = [
+        pdn.get_submodule(name) for name in ("avgpool1", "avgpool2")
+    ]  # after the first two convolutions of either size
+    x = imagenet_norm_batch(image)
+    for depth, layer in enumerate(inner):
+        x = F.relu(layer(x))
+        if taps is not None:
+            taps.append(x)
+        if depth < len(pools):
+            x = pools[depth](x)
+    return last(x, channels)
+
+
+def augment(images: torch.Tensor) -> torch.Tensor:
+    """Change brightness, contrast or saturation of each image by a factor from U(0.8, 1.2), EfficientAD Algorithm 1."""
+    adjustments = (TF.adjust_brightness, TF.adjust_contrast, TF.adjust_saturation)
+    choices = torch.randint(len(adjustments), (len(images),)).tolist()
+    factors = torch.empty(len(images)).uniform_(0.8, 1.2).tolist()
+    return torch.stack([adjustments[c](i, f) for c, i, f in zip(choices, images, factors, strict=True)])

@@ -1,0 +1,69 @@
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F  # noqa: N812
+
+from anomalib_raad.quantization.layers import QuantConv2d, make_quantizable_, quantizable_layers
+from anomalib_raad.quantization.quantizers import BITS
+
+
+@pytest.fixture
+def conv() -> nn.Conv2d:
+    torch.manual_seed(0)
+    return nn.Conv2d(3, 5, kernel_size=3, padding=1, stride=2)
+
+
+def test_unquantized_layer_is_the_convolution(conv: nn.Conv2d) -> None:
+    x = torch.randn(2, 3, 9, 9)
+    layer = QuantConv2d.from_conv(conv)
+    assert torch.equal(layer(x), conv(x))
+    assert layer.weight is conv.weight
+    assert torch.equal(layer(x, slice(1, 3)), conv(x)[:, 1:3])
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_quantized_layer_equals_integer_convolution(conv: nn.Conv2d, bits: int) -> None:
+    """Integers in, integers out: accumulate int32 products and scale once."""
+    x = torch.rand(2, 3, 9, 9)
+    layer = QuantConv2d.from_conv(conv)
+    layer.quantize_(bits, x)
+    x_int = (x / layer.input_step).round().clamp(0, 2**bits - 1).double()
+    w_int = (layer.weight / layer.weight_step).round().clamp(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1).double()
+    accumulated = F.conv2d(x_int, w_int, padding=1, stride=2)
+    expected = accumulated * layer.input_step * layer.weight_step.view(1, -1, 1, 1) + layer.bias.view(1, -1, 1, 1)
+    torch.testing.assert_close(layer(x).double(), expected, rtol=1e-5, atol=1e-5)
+    for channel in layer.quantized_weight().detach():
+        assert len(channel.unique()) <= 2**bits
+
+
+def test_inputs_of_a_first_layer_stay_as_they_are(conv: nn.Conv2d) -> None:
+    layer = QuantConv2d.from_conv(conv)
+    layer.quantize_(4, None)
+    assert (layer.bits, layer.input_bits) == (4, 0)
+
+
+def test_state_dict_carries_the_whole_state(conv: nn.Conv2d) -> None:
+    layer = QuantConv2d.from_conv(conv)
+    layer.quantize_(3, torch.randn(100))
+    fresh = QuantConv2d.from_conv(nn.Conv2d(3, 5, kernel_size=3, padding=1, stride=2))
+    fresh.load_state_dict(layer.state_dict())
+    x = torch.randn(1, 3, 8, 8)
+    assert (fresh.bits, fresh.input_bits) == (3, 3)
+    assert torch.equal(fresh(x), layer(x))
+
+
+@pytest.mark.parametrize("state", [{"bits": 5}, {"bits": 8, "input_bits": -1}, {"code": 8}])
+def test_set_extra_state__error(conv: nn.Conv2d, state: dict[str, int]) -> None:
+    with pytest.raises(ValueError, match="allowed are bits and input_bits"):
+        QuantConv2d.from_conv(conv).set_extra_state(state)
+
+
+def test_make_quantizable_replaces_nested_convolutions_in_place() -> None:
+    network = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Sequential(nn.Conv2d(4, 2, 1)))
+    before = list(network.parameters())
+    x = torch.randn(1, 3, 2, 2)
+    expected = network(x)
+    assert make_quantizable_(network) is network
+    assert list(quantizable_layers(network)) == ["0", "2.0"]
+    assert all(a is b for a, b in zip(before, network.parameters(), strict=True))
+    assert torch.equal(network(x), expected)

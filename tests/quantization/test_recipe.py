@@ -1,0 +1,98 @@
+import pytest
+import torch
+from torch import nn
+
+from anomalib_raad.quantization.layers import make_quantizable_, quantizable_layers
+from anomalib_raad.quantization.recipe import Allocation, model_bytes, quantize_
+
+NAMES = ["0", "1", "2"]
+
+
+class Toy(nn.Module):
+    """Three 1x1 convolutions a network: the recipe needs nothing of anomalib."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        for name in ("teacher", "student", "ae"):
+            setattr(
+                self, name, make_quantizable_(nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1), nn.Conv2d(4, 2, 1)))
+            )
+
+    def forward(self, image: torch.Tensor) -> None:
+        for network in (self.teacher, self.student, self.ae):
+            network(image)
+
+    def aligned_features(self, image: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        pairs, t, s = [], image, image
+        for teacher, student in zip(self.teacher, self.student, strict=True):
+            t, s = teacher(t), student(s)
+            pairs.append((t, s))
+        return pairs
+
+
+@pytest.fixture
+def images() -> list[torch.Tensor]:
+    return list(torch.rand(4, 1, 3, 6, 6, generator=torch.Generator().manual_seed(0)))
+
+
+@pytest.mark.parametrize(
+    ("allocation", "bits"),
+    [
+        (Allocation(bits=4), [8, 4, 8]),
+        (Allocation(bits={"1": 3}), [8, 3, 8]),
+        (Allocation(bits={"0": 2, "1": 2, "2": 2}), [2, 2, 2]),
+        (Allocation(thresholds=(0.97, 0.98, 0.99)), [8, 2, 8]),
+        (Allocation(thresholds=(1e-9, 1e-8, 1e-7)), [8, 8, 8]),
+    ],
+)
+def test_quantize_gives_teacher_and_student_the_same_bits(
+    images: list[torch.Tensor],
+    allocation: Allocation,
+    bits: list[int],
+) -> None:
+    model = Toy()
+    scores = quantize_(model, images, images, allocation)
+    assert list(scores) == NAMES
+    for network in (model.teacher, model.student):
+        layers = quantizable_layers(network).values()
+        assert [layer.bits for layer in layers] == bits
+        assert [layer.input_bits for layer in layers] == [0, *bits[1:]]
+    assert [layer.bits for layer in quantizable_layers(model.ae).values()] == [8, 8, 8]
+
+
+def test_quantize_leaves_no_hooks_behind(images: list[torch.Tensor]) -> None:
+    model = Toy()
+    quantize_(model, images, images, Allocation())
+    assert not any(layer._forward_pre_hooks for layer in quantizable_layers(model).values())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"bits": 5}, "bits is 5"),
+        ({"bits": {"conv2": 6}}, "conv2 is 6"),
+        ({"first_last_bits": 16}, "first_last_bits is 16"),
+        ({"autoencoder_bits": 1}, "autoencoder_bits is 1"),
+        ({"thresholds": (0.5, 0.4, 0.9)}, "three increasing numbers"),
+        ({"thresholds": (0.5, 0.6)}, "three increasing numbers"),
+    ],
+)
+def test_allocation__error(options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Allocation(**options)
+
+
+def test_check_names__error() -> None:
+    with pytest.raises(ValueError, match=r"unknown layers \['conv9'\]"):
+        Allocation(bits={"conv9": 4}).check_names(["conv1", "conv2"])
+
+
+def test_model_bytes_counts_bits_and_floats(images: list[torch.Tensor]) -> None:
+    model = Toy()
+    weights, biases = 3 * (12 + 16 + 8), 3 * 10
+    assert model_bytes(model) == 4 * (weights + biases)
+    quantize_(model, images, images, Allocation(bits=2))
+    packed = 2 * (12 * 8 + 16 * 2 + 8 * 8) // 8 + (12 + 16 + 8)
+    steps = 3 * (10 + 3 * 2)
+    assert model_bytes(model) == packed + 4 * (biases + steps)

@@ -1,0 +1,270 @@
+import json
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from anomalib.models import Raad
+from lightning.pytorch import seed_everything
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from torchvision.transforms.v2 import Compose, Normalize, Resize
+
+from anomalib_raad.quantization.layers import quantizable_layers
+
+STEPS = 9  # 5 of stage 1, 4 of stage 3; an epoch over 4 kept images ends within each stage
+
+
+class SaveEveryStep(ModelCheckpoint):
+    """A checkpoint after every optimizer step, and Lightning's own at the end."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder, "{step}", save_top_k=-1, every_n_train_steps=1, auto_insert_metric_name=False)
+
+
+class StopAfter(Callback):
+    """Ends the fit early, as a time limit or a user's callback does."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_end(self, trainer, *args) -> None:
+        if trainer.global_step == self.step:
+            trainer.should_stop = True
+
+
+def weights(model: Raad) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in model.state_dict().items() if isinstance(value, torch.Tensor)}
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(cells, tmp_path_factory):
+    """Folder with a checkpoint after every step of a finished run, and its final weights."""
+    from anomalib.data import Folder
+    from anomalib.engine import Engine
+
+    folder = tmp_path_factory.mktemp("run")
+    seed_everything(7)
+    data = Folder(
+        name="cells", root=cells, normal_dir="train", normal_test_dir="good", abnormal_dir="bad",
+        train_batch_size=1, eval_batch_size=2, num_workers=0, val_split_mode="same_as_test", seed=0,
+    )  # fmt: skip
+    model = Raad(pre_processor=Raad.configure_pre_processor((64, 64)), visualizer=False)
+    engine = Engine(
+        max_steps=STEPS,
+        default_root_dir=folder,
+        accelerator="cpu",
+        callbacks=[SaveEveryStep(folder / "steps")],
+        enable_progress_bar=False,
+        logger=False,
+    )
+    engine.fit(model, datamodule=data)
+    return folder, model
+
+
+def test_all_stages_in_one_fit(uninterrupted) -> None:
+    folder, model = uninterrupted
+    report = json.loads(next(folder.rglob("quantization.json")).read_text())
+    assert [(stage["stage"], stage["step"]) for stage in report["stages"]] == [
+        ("trained", 5),
+        ("quantized", 5),
+        ("fine_tuned", STEPS),
+    ]
+    sizes = [stage["bytes"] for stage in report["stages"]]
+    assert sizes[0] > 4 * sizes[1] == 4 * sizes[2]
+    bits = {layer["layer"]: layer["bits"] for layer in report["layers"]}
+    assert len(bits) == 22
+    assert bits["teacher.conv1"] == bits["student.conv4"] == bits["autoencoder.decoder.deconv8"] == 8
+    assert bits["teacher.conv2"] == bits["student.conv2"]
+    assert all(0 < layer["score"] < 1 for layer in report["layers"] if not layer["layer"].startswith("autoencoder"))
+    assert 2 < report["average_bits"] <= 8
+    assert model.model.quantized
+
+
+def test_weights_lie_on_their_grids(uninterrupted) -> None:
+    for layer in quantizable_layers(uninterrupted[1].model).values():
+        quantized = layer.quantized_weight().detach() / layer.weight_step
+        torch.testing.assert_close(quantized, quantized.round(), rtol=0, atol=1e-4)
+        assert quantized.round().abs().max() <= 2 ** (layer.bits - 1)
+
+
+def test_the_last_checkpoint_holds_the_finished_model(uninterrupted, cell_data, engine) -> None:
+    """Maps normalised, thresholds set, loaded into a fresh Raad() by the trainer's weights-only reader."""
+    folder, model = uninterrupted
+    path = folder / "steps" / f"{STEPS}.ckpt"
+    loaded = Raad.load_from_checkpoint(path)
+    expected = weights(model)
+    for name, value in weights(loaded).items():
+        if "post_processor" not in name:  # set by the validation that follows the last step
+            torch.testing.assert_close(value, expected[name], rtol=0, atol=0, msg=name)
+    fresh = Raad(pre_processor=Raad.configure_pre_processor((64, 64)), visualizer=False)
+    metrics = engine(logger=False).test(fresh, datamodule=cell_data(), ckpt_path=path)
+    assert 0 <= metrics[0]["image_AUROC"] <= 1
+    assert fresh.model.quantized
+
+
+@pytest.mark.parametrize("step", [2, 4, 5, 7])
+def test_resume_equals_the_uninterrupted_run(uninterrupted, cell_data, small_raad, engine, step: int) -> None:
+    """In the middle of an epoch (2, 7), at the end of one (4), and just before quantization (5)."""
+    folder, model = uninterrupted
+    seed_everything(1000 + step)  # another process has other random numbers
+    resumed = small_raad()
+    engine(max_steps=STEPS, logger=False).fit(resumed, datamodule=cell_data(), ckpt_path=folder / f"steps/{step}.ckpt")
+    assert_equal_weights(resumed, model)
+
+
+@pytest.mark.parametrize("name", ["trained", "quantized"])
+def test_resume_from_the_stage_checkpoints(cell_data, small_raad, engine, uninterrupted, name: str) -> None:
+    folder, model = uninterrupted
+    resumed = small_raad()
+    path = next(folder.rglob(f"{name}.ckpt"))
+    engine(max_steps=STEPS, logger=False).fit(resumed, datamodule=cell_data(), ckpt_path=path)
+    assert_equal_weights(resumed, model)
+
+
+def assert_equal_weights(actual: Raad, expected: Raad) -> None:
+    expected_weights = weights(expected)
+    for name, value in weights(actual).items():
+        torch.testing.assert_close(value, expected_weights[name], rtol=0, atol=0, equal_nan=True, msg=name)
+
+
+def test_teacher_is_never_trained(uninterrupted) -> None:
+    trained, fresh = uninterrupted[1].model.teacher, Raad(visualizer=False)
+    from anomalib_raad.teacher.weights import load_teacher_
+
+    load_teacher_(fresh.model.teacher, "bundled", "small")
+    for ours, bundled in zip(trained.parameters(), fresh.model.teacher.parameters(), strict=True):
+        assert torch.equal(ours, bundled)
+
+
+def test_one_epoch_over_five_images_with_batch_size_two(cell_data, small_raad, engine) -> None:
+    model = small_raad()
+    engine(max_epochs=1, logger=False).fit(model, datamodule=cell_data(train_batch_size=2))
+    assert [stage["stage"] for stage in model._stages] == ["trained", "quantized", "fine_tuned"]
+    assert model.post_processor.image_threshold.isfinite()
+
+
+def test_thresholds_are_set_when_the_last_step_ends_no_epoch(cell_data, small_raad, engine) -> None:
+    model = small_raad()
+    engine(max_steps=3, logger=False).fit(model, datamodule=cell_data())
+    assert model.trainer.global_step == 3
+    assert model.post_processor.image_threshold.isfinite()
+
+
+def test_without_limits_the_run_has_the_models_length(cell_data, small_raad, engine) -> None:
+    model = small_raad(train_steps=2, finetune_steps=1)
+    engine(logger=False).fit(model, datamodule=cell_data())
+    assert (model.schedule.train_steps, model.schedule.finetune_steps, model.trainer.global_step) == (2, 1, 3)
+
+
+def test_learning_rate_of_each_stage_and_stage_in_the_logger(cell_data, small_raad, engine, tmp_path) -> None:
+    from lightning.pytorch.callbacks import LearningRateMonitor
+    from lightning.pytorch.loggers import CSVLogger
+
+    logger = CSVLogger(tmp_path)
+    model = small_raad(lr=1e-3, finetune_lr=1e-5)
+    callbacks = [LearningRateMonitor("step")]
+    engine(max_steps=4, logger=logger, log_every_n_steps=1, callbacks=callbacks).fit(model, datamodule=cell_data())
+    rows = pd.read_csv(Path(logger.log_dir) / "metrics.csv")
+    assert rows["stage"].dropna().tolist() == [1, 1, 3, 3]
+    assert rows["lr-Adam"].dropna().tolist() == pytest.approx([1e-3, 1e-3, 1e-5, 1e-5])
+
+
+def test_penalty_and_plain_maps(cell_data, small_raad, engine, cells) -> None:
+    model = small_raad(penalty_dir=cells, normalize_maps=False)
+    engine(max_steps=2, logger=False).fit(model, datamodule=cell_data())
+    assert model.trainer.callback_metrics["train_penalty"] > 0
+    assert torch.equal(model.model.map_quantiles, torch.tensor([[0.0, 0.1], [0.0, 0.1]]))
+
+
+def test_the_datamodule_is_given_back(cell_data, small_raad, engine) -> None:
+    data = cell_data()
+    engine(max_steps=2, logger=False).fit(small_raad(), datamodule=data)
+    assert len(data.train_dataloader()) == 5
+
+
+def test_an_unfinished_run_is_announced(cell_data, small_raad, engine, caplog) -> None:
+    engine(max_steps=9, logger=False, callbacks=[StopAfter(1)]).fit(small_raad(), datamodule=cell_data())
+    assert "Raad stopped after 1 of 9 steps: the model is not finished" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"lr": 0.0}, "lr is 0.0; a positive number is needed"),
+        ({"finetune_steps": 0}, "finetune_steps is 0"),
+        ({"calibration_images": 0}, "calibration_images is 0"),
+        ({"held_out": 1.0}, "held_out is 1.0; a share between 0 and 1"),
+        ({"bits": 5}, "bits is 5; RAAD quantizes to 2, 3, 4, 8 bits"),
+        ({"bits": {"conv7": 4}}, r"unknown layers \['conv7'\]"),
+        ({"model_size": "large"}, "model_size is 'large'"),
+    ],
+)
+def test_settings__error(options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Raad(**options)
+
+
+def test_normalize__error(cell_data, small_raad, engine) -> None:
+    processor = Raad.configure_pre_processor()
+    processor.transform = Compose([Resize((64, 64)), Normalize([0.5] * 3, [0.5] * 3)])
+    with pytest.raises(ValueError, match="has a Normalize"):
+        engine(max_steps=2, logger=False).fit(small_raad(pre_processor=processor), datamodule=cell_data())
+
+
+@pytest.mark.parametrize("size", [(32, 64), (64, 2048)])
+def test_image_size__error(cell_data, small_raad, engine, size: tuple[int, int]) -> None:
+    model = small_raad(pre_processor=Raad.configure_pre_processor(size))
+    with pytest.raises(ValueError, match="sides of 64 to 1024 are needed"):
+        engine(max_steps=2, logger=False).fit(model, datamodule=cell_data())
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_too_few_images__error(cell_data, small_raad, engine, number: int) -> None:
+    data = cell_data()
+    setup = data.setup
+
+    def shrink(stage=None) -> None:
+        setup(stage)
+        data.train_data = data.train_data.subsample(range(number))
+
+    data.setup = shrink
+    with pytest.raises(ValueError, match=rf"training set has {number} image\(s\)"):
+        engine(max_steps=2, logger=False).fit(small_raad(), datamodule=data)
+
+
+def test_loaders_without_datamodule__error(cell_data, small_raad, engine) -> None:
+    data = cell_data()
+    data.setup()
+    with pytest.raises(ValueError, match="pass a datamodule to fit"):
+        engine(max_steps=2, logger=False).fit(small_raad(), data.train_dataloader(), data.val_dataloader())
+
+
+@pytest.mark.parametrize("teacher", ["wide_resnet", "no/such/file.pth"])
+def test_unknown_teacher__error(cell_data, small_raad, engine, teacher: str) -> None:
+    with pytest.raises(FileNotFoundError, match=f"unknown teacher '{teacher}': use 'bundled'"):
+        engine(max_steps=2, logger=False).fit(small_raad(teacher=teacher), datamodule=cell_data())
+
+
+def test_a_stage_without_a_step__error(cell_data, small_raad, engine) -> None:
+    with pytest.raises(ValueError, match="leave a stage without a step"):
+        engine(max_steps=1, logger=False).fit(small_raad(), datamodule=cell_data())
+
+
+def test_non_finite_loss_stops_with_good_weights(cell_data, small_raad, engine, tmp_path) -> None:
+    class Poison(Callback):
+        def on_train_batch_start(self, trainer, model, batch, batch_idx) -> None:
+            if trainer.global_step == 2:
+                batch.image[:] = torch.nan
+
+    model = small_raad()
+    callbacks = [SaveEveryStep(tmp_path / "steps"), Poison()]
+    with pytest.raises(FloatingPointError, match=r"loss of step 2 \(stage train\) is not finite"):
+        engine(max_steps=9, logger=False, callbacks=callbacks).fit(model, datamodule=cell_data())
+    saved = sorted((tmp_path / "steps").glob("*.ckpt"))
+    assert saved
+    for path in saved:
+        assert all(
+            value.isfinite().all()
+            for name, value in weights(Raad.load_from_checkpoint(path)).items()
+            if "post" not in name
+        )

@@ -161,12 +161,12 @@ def test_learning_rate_of_each_stage_and_stage_in_the_logger(cell_data, small_ra
     from lightning.pytorch.loggers import CSVLogger
 
     logger = CSVLogger(tmp_path)
-    model = small_raad(lr=1e-3, finetune_lr=1e-5)
+    model = small_raad(lr=1e-3, lr_decay=0.5, finetune_lr=1e-5)
     callbacks = [LearningRateMonitor("step")]
     engine(max_steps=4, logger=logger, log_every_n_steps=1, callbacks=callbacks).fit(model, datamodule=cell_data())
     rows = pd.read_csv(Path(logger.log_dir) / "metrics.csv")
     assert rows["stage"].dropna().tolist() == [1, 1, 3, 3]
-    assert rows["lr-Adam"].dropna().tolist() == pytest.approx([1e-3, 1e-3, 1e-5, 1e-5])
+    assert rows["lr-Adam"].dropna().tolist() == pytest.approx([1e-3, 1e-4, 1e-5, 1e-5])
 
 
 def test_penalty_and_plain_maps(cell_data, small_raad, engine, cells) -> None:
@@ -194,6 +194,7 @@ def test_an_unfinished_run_is_announced(cell_data, small_raad, engine, caplog) -
         ({"finetune_steps": 0}, "finetune_steps is 0"),
         ({"calibration_images": 0}, "calibration_images is 0"),
         ({"held_out": 1.0}, "held_out is 1.0; a share between 0 and 1"),
+        ({"lr_decay": 1.5}, "lr_decay is 1.5; a share from 0 to 1"),
         ({"bits": 5}, "bits is 5; RAAD quantizes to 2, 3, 4, 8 bits"),
         ({"bits": {"conv7": 4}}, r"unknown layers \['conv7'\]"),
         ({"model_size": "large"}, "model_size is 'large'"),

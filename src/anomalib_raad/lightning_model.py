@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from .data.penalty import PenaltyImages
 from .data.training import NormalImages
+from .initialization import start_in_closed_form_
 from .quantization.layers import quantizable_layers
 from .quantization.recipe import Allocation, model_bytes, quantize_
 from .stages import Schedule, Stage
@@ -50,6 +51,7 @@ class Raad(AnomalibModule):
         model_size: ``small`` or ``medium``.
         padding: Zero-pad the convolutions of teacher and student.
         lr: Learning rate of stage 1.
+        lr_decay: The last share of stage 1 runs at a tenth of ``lr``, as in EfficientAD; 0 for a constant rate.
         finetune_lr: Learning rate of stage 3.
         weight_decay: Adam's weight decay.
         train_steps: Optimizer steps of stage 1, when the trainer's limits allow and ask for no other length; otherwise
@@ -66,6 +68,8 @@ class Raad(AnomalibModule):
         first_last_bits: Bits of the first and last layer of teacher and student.
         autoencoder_bits: Bits of the autoencoder.
         hqs_thresholds: Limits of phi: scores below the first get 2 bits, then 3, 4, and from the last on 8.
+        closed_form_start: Start the last layers of student and autoencoder as the solution of a ridge regression onto
+            what they are to learn, instead of at random: few steps are then enough.
         held_out: Share of the normal training images held out for scores and map quantiles, at least one image.
         calibration_images: At most so many training images serve for the teacher's channel statistics and the
             quantizers' grids.
@@ -93,6 +97,7 @@ class Raad(AnomalibModule):
         model_size: str = "small",
         padding: bool = False,
         lr: float = 1e-4,
+        lr_decay: float = 0.05,
         finetune_lr: float = 1e-5,
         weight_decay: float = 1e-5,
         train_steps: int = 70_000,
@@ -107,6 +112,7 @@ class Raad(AnomalibModule):
         first_last_bits: int = 8,
         autoencoder_bits: int = 8,
         hqs_thresholds: tuple[float, float, float] = (0.25, 0.5, 0.75),
+        closed_form_start: bool = True,
         held_out: float = 0.1,
         calibration_images: int = 128,
         pre_processor: PreProcessor | bool = True,
@@ -123,6 +129,9 @@ class Raad(AnomalibModule):
                 raise ValueError(msg)
         if not 0 < held_out < 1:
             msg = f"held_out is {held_out}; a share between 0 and 1 is needed"
+            raise ValueError(msg)
+        if not 0 <= lr_decay <= 1:
+            msg = f"lr_decay is {lr_decay}; a share from 0 to 1 is needed"
             raise ValueError(msg)
         self.model = RaadModel(model_size=model_size, padding=padding, p_hard=p_hard)
         self.allocation = Allocation(bits, first_last_bits, autoencoder_bits, hqs_thresholds)
@@ -180,8 +189,12 @@ class Raad(AnomalibModule):
         if self.trainer.max_steps == -1 and self.trainer.max_epochs in _UNLIMITED_EPOCHS:
             total = min(total, options["train_steps"] + options["finetune_steps"])
         self.schedule = Schedule.scaled(options["train_steps"], options["finetune_steps"], total)
-        if not self.model.teacher_normalized:
+        if not self.model.teacher_normalized:  # a fresh run, not a resumed one
             self._set_teacher_statistics()
+            if options["closed_form_start"]:
+                with self._evaluating():
+                    images = list(self._calibration_images("Images for the closed-form start"))
+                    start_in_closed_form_(self.model, images, int(self.run_seed))
         # The only use of validation is to set the thresholds of the finished model: it runs once, at the end.
         self._limit_val_batches, self.trainer.limit_val_batches = self.trainer.limit_val_batches, 0
 
@@ -196,7 +209,9 @@ class Raad(AnomalibModule):
         optimizer = torch.optim.Adam(parameters, lr=options["lr"], weight_decay=options["weight_decay"])
 
         def factor(step: int) -> float:
-            return options["finetune_lr"] / options["lr"] if self.schedule.stage(step) is Stage.FINE_TUNE else 1.0
+            if self.schedule.stage(step) is Stage.FINE_TUNE:
+                return options["finetune_lr"] / options["lr"]
+            return 0.1 if step >= (1 - options["lr_decay"]) * self.schedule.train_steps else 1.0
 
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}

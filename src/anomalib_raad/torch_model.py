@@ -127,10 +127,10 @@ class RaadModel(nn.Module):
         image = self._prepare(image)
         augmented = self._prepare(augment(image))
         with torch.no_grad():
-            target, augmented_target = self._normalized_teacher(image), self._normalized_teacher(augmented)
+            target, augmented_target = self.normalized_teacher(image), self.normalized_teacher(augmented)
 
         student = describe(self.student, augmented, to_autoencoder)
-        autoencoder = self._autoencode(augmented, student.shape[-2:])
+        autoencoder = self.autoencode(augmented, student.shape[-2:])
         penalty = None
         if penalty_image is not None:
             penalty = describe(self.student, self._prepare(penalty_image), to_teacher).float().square().mean()
@@ -151,11 +151,21 @@ class RaadModel(nn.Module):
         student = describe(self.student, image)
         to_teacher, to_autoencoder = student[:, : self.out_channels], student[:, self.out_channels :]
         differences = (
-            squared_difference(self._normalized_teacher(image), to_teacher),
-            squared_difference(self._autoencode(image, student.shape[-2:]), to_autoencoder),
+            squared_difference(self.normalized_teacher(image), to_teacher),
+            squared_difference(self.autoencode(image, student.shape[-2:]), to_autoencoder),
         )
         map_st, map_ae = (self._resize(d.mean(dim=1, keepdim=True), size) for d in differences)
         return map_st, map_ae
+
+    def normalized_teacher(self, image: torch.Tensor) -> torch.Tensor:
+        """Teacher features with mean 0 and deviation 1 in each channel on normal images, ``(N, C, h, w)``."""
+        return self._normalize(describe(self.teacher, image))
+
+    def autoencode(self, image: torch.Tensor, size: torch.Size) -> torch.Tensor:
+        """The autoencoder's prediction of the normalised teacher, resized to the PDNs' output ``size``."""
+        # Without antialiasing: anomalib's ONNX export, at an opset below 18, cannot express it.
+        seen = F.interpolate(image, size=_AE_SIZE, mode="bilinear", align_corners=False)
+        return F.interpolate(self.ae(self._prepare(seen), _AE_SIZE), size=size, mode="bilinear", align_corners=False)
 
     def aligned_features(self, image: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Features of teacher and student layer by layer, for Eq. 4; each of shape ``(N, c_l, h_l, w_l)``.
@@ -184,16 +194,8 @@ class RaadModel(nn.Module):
             image = (image * 255).round() / 255
         return image.contiguous(memory_format=torch.channels_last)
 
-    def _normalized_teacher(self, image: torch.Tensor) -> torch.Tensor:
-        return self._normalize(describe(self.teacher, image))
-
     def _normalize(self, features: torch.Tensor) -> torch.Tensor:
         return (features - self.teacher_mean) / self.teacher_std
-
-    def _autoencode(self, image: torch.Tensor, size: torch.Size) -> torch.Tensor:
-        # Without antialiasing: anomalib's ONNX export, at an opset below 18, cannot express it.
-        seen = F.interpolate(image, size=_AE_SIZE, mode="bilinear", align_corners=False)
-        return F.interpolate(self.ae(self._prepare(seen), _AE_SIZE), size=size, mode="bilinear", align_corners=False)
 
     def _resize(self, anomaly_map: torch.Tensor, size: torch.Size) -> torch.Tensor:
         if not self.padding:

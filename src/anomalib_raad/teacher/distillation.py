@@ -7,6 +7,7 @@ at 256x256. A patch network sees 33x33 pixels, so a crop teaches it as well as a
 are computed once, kept in a pool, and serve several steps with other crops (``pool_size``, ``crop_size``).
 """
 
+import logging
 import math
 from collections.abc import Sequence
 from itertools import islice
@@ -14,11 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from anomalib.models.image.efficient_ad.torch_model import (
-    EfficientAdModelSize,
-    MediumPatchDescriptionNetwork,
-    SmallPatchDescriptionNetwork,
-)
+from anomalib.models.image.efficient_ad.torch_model import EfficientAdModelSize
 from lightning.pytorch import LightningDataModule, LightningModule
 from PIL import Image
 from torch.nn import functional as F  # noqa: N812
@@ -26,18 +23,24 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
 from anomalib_raad.statistics import channel_mean_std
+from anomalib_raad.torch_model import PDN_CLASSES
 
 from .features import PatchFeatures
+
+logger = logging.getLogger(__name__)
 
 BACKBONE_SIZE = 512
 TEACHER_SIZE = 256
 _STRIDE = 4  # of the teacher's output
 _BORDER = 4  # output cells a network without padding loses on each side
+_MAX_UNREADABLE = 20
 _SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
 
 
 class Photos(Dataset[torch.Tensor]):
     """Photos as float tensors of shape ``(3, 512, 512)`` in [0, 1].
+
+    A photo that cannot be read is named in a warning and the next one takes its place.
 
     Args:
         paths: Image files.
@@ -46,6 +49,7 @@ class Photos(Dataset[torch.Tensor]):
 
     def __init__(self, paths: Sequence[Path], transform: v2.Transform) -> None:
         self.paths = list(paths)
+        self.unreadable: set[Path] = set()
         self.transform = v2.Compose([v2.ToImage(), transform, v2.ToDtype(torch.float32, scale=True)])
 
     def __len__(self) -> int:
@@ -54,8 +58,17 @@ class Photos(Dataset[torch.Tensor]):
 
     def __getitem__(self, index: int) -> torch.Tensor:
         """Read, transform and return one photo."""
-        with Image.open(self.paths[index]) as image:
-            return self.transform(image.convert("RGB"))
+        path = self.paths[index]
+        try:
+            with Image.open(path) as image:
+                return self.transform(image.convert("RGB"))
+        except (OSError, SyntaxError) as error:
+            self.unreadable.add(path)
+            if len(self.unreadable) > _MAX_UNREADABLE:
+                msg = f"more than {_MAX_UNREADABLE} photos cannot be read; the last is {path}: {error}"
+                raise RuntimeError(msg) from error
+            logger.warning("skipping %s, which cannot be read: %s", path, error)
+            return self[(index + 1) % len(self)]
 
 
 class PhotoFolder(LightningDataModule):
@@ -126,7 +139,10 @@ class Distillation(LightningModule):
     """Distils a backbone into a PDN teacher (RAAD Eq. 1, EfficientAD Algorithm 3).
 
     Args:
-        features: What the teacher learns to predict.
+        backbone: What the teacher learns from, see :class:`PatchFeatures`.
+        layers: The backbone's feature maps.
+        backbone_weights: File with the backbone's weights instead of a download.
+        out_channels: Channels of the teacher.
         model_size: Size of the teacher, ``small`` or ``medium``.
         lr: Learning rate of Adam (paper: 1e-4).
         weight_decay: Weight decay of Adam (paper: 1e-5).
@@ -139,10 +155,17 @@ class Distillation(LightningModule):
 
     feature_mean: torch.Tensor
     feature_std: torch.Tensor
+    _errors: torch.Tensor
+    _sums: torch.Tensor
+    _squares: torch.Tensor
+    _count: int
 
     def __init__(
         self,
-        features: PatchFeatures,
+        backbone: str = "wide_resnet101_2",
+        layers: Sequence[int] = (2, 3),
+        backbone_weights: str | Path | None = None,
+        out_channels: int = 384,
         model_size: str = "small",
         lr: float = 1e-4,
         weight_decay: float = 1e-5,
@@ -153,14 +176,18 @@ class Distillation(LightningModule):
         normalization_images: int = 10_000,
     ) -> None:
         super().__init__()
-        self.save_hyperparameters(ignore="features")
+        self.save_hyperparameters()
+        if crop_size % _STRIDE or not _STRIDE * (2 * _BORDER + 1) <= crop_size <= TEACHER_SIZE:
+            msg = f"crop_size is {crop_size}; a multiple of 4 from 36 to {TEACHER_SIZE} pixels is needed"
+            raise ValueError(msg)
+        features = PatchFeatures(backbone, layers, out_channels, backbone_weights)
         self.features = features.to(memory_format=torch.channels_last)
-        channels = features.out_channels
-        small = EfficientAdModelSize(model_size) is EfficientAdModelSize.S
-        network = SmallPatchDescriptionNetwork if small else MediumPatchDescriptionNetwork
-        self.teacher = network(out_channels=channels).to(memory_format=torch.channels_last)
-        self.register_buffer("feature_mean", torch.zeros(1, channels, 1, 1))
-        self.register_buffer("feature_std", torch.zeros(1, channels, 1, 1))
+        network = PDN_CLASSES[EfficientAdModelSize(model_size)]
+        self.teacher = network(out_channels).to(memory_format=torch.channels_last)
+        for name in ("feature_mean", "feature_std"):
+            self.register_buffer(name, torch.zeros(1, out_channels, 1, 1))
+        for name in ("_errors", "_sums", "_squares"):  # of the validation, by channel
+            self.register_buffer(name, torch.zeros(out_channels, dtype=torch.float64), persistent=False)
         self._pool: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def on_fit_start(self) -> None:
@@ -201,12 +228,30 @@ class Distillation(LightningModule):
         return image[:, y : y + side, x : x + side], window[:, _BORDER:-_BORDER, _BORDER:-_BORDER]
 
     def validation_step(self, photos: torch.Tensor, batch_idx: int) -> None:
-        """Log the loss on whole held-out photos; 1 - loss is the share of explained variance."""
+        """Measure the loss on whole held-out photos, and each channel's variance and error."""
         del batch_idx
         images = F.interpolate(photos, size=(TEACHER_SIZE, TEACHER_SIZE), mode="bilinear", antialias=True)
         target = self._normalized_features(photos)[:, :, _BORDER:-_BORDER, _BORDER:-_BORDER]
         output = self.teacher(images.contiguous(memory_format=torch.channels_last)).float()
         self.log("val_loss", F.mse_loss(output, target), prog_bar=True)
+        self._errors += (output - target).square().sum((0, 2, 3))
+        self._sums += target.sum((0, 2, 3))
+        self._squares += target.square().sum((0, 2, 3))
+        self._count += target[:, 0].numel()
+
+    def on_validation_epoch_start(self) -> None:
+        """Forget the last validation."""
+        self._count = 0
+        for total in (self._errors, self._sums, self._squares):
+            total.zero_()
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the share of the held-out photos' feature variance that the teacher explains."""
+        self.log("explained_variance", self.explained_variance().mean())
+
+    def explained_variance(self) -> torch.Tensor:
+        """Explained share of each channel's variance in the last validation, shape ``(C,)``, at most 1."""
+        return 1 - self._errors / (self._squares - self._sums.square() / self._count)
 
     def configure_optimizers(self) -> Any:  # noqa: ANN401  # one of the many forms Lightning takes
         """Adam on the teacher, with a cosine decay if asked for."""

@@ -1,0 +1,56 @@
+"""The command ``anomalib-raad``; training, testing and export go through anomalib's own command line."""
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+
+from .teacher.distillation import Distillation, PhotoFolder
+from .teacher.weights import save_teacher
+
+USAGE = """usage: anomalib-raad distill [--help] [--config FILE] [options]
+
+  distill   distil a teacher from a backbone and a folder of photos (Eq. 1)
+"""
+
+
+class _DistillationCLI(LightningCLI):
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument("--output", type=Path, default="teacher.safetensors", help="file for the teacher's weights")
+        parser.add_argument("--ckpt_path", type=Path, default=None, help="checkpoint of an interrupted distillation")
+
+
+def distill(arguments: Sequence[str]) -> None:
+    """Fit a :class:`Distillation`, write the teacher, and beside it a JSON file that says how it was made."""
+    cli = _DistillationCLI(
+        Distillation,
+        PhotoFolder,
+        run=False,
+        args=list(arguments),
+        save_config_kwargs={"overwrite": True},
+        parser_kwargs={"prog": "anomalib-raad distill"},
+    )
+    cli.trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=cli.config.ckpt_path)
+    metrics = cli.trainer.validate(cli.model, datamodule=cli.datamodule)[0]
+    output = Path(cli.config.output)
+    record = {
+        "sha256": save_teacher(cli.model.teacher, output),
+        "steps": cli.trainer.global_step,
+        "held_out": metrics,
+        "explained_variance_by_channel": cli.model.explained_variance().tolist(),
+        "model": dict(cli.model.hparams),
+        "data": dict(cli.datamodule.hparams),
+    }
+    output.with_suffix(".json").write_text(json.dumps(record, indent=2, default=str))
+    sys.stdout.write(f"teacher: {output}\nrecord: {output.with_suffix('.json')}\n")
+
+
+def main() -> None:
+    """Run the command line."""
+    command, *arguments = sys.argv[1:] or ["--help"]
+    if command != "distill":
+        sys.stdout.write(USAGE)
+        sys.exit(0 if command in {"-h", "--help"} else 2)
+    distill(arguments)

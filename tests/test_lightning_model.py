@@ -70,11 +70,13 @@ def test_all_stages_in_one_fit(uninterrupted) -> None:
         ("fine_tuned", STEPS),
     ]
     sizes = [stage["bytes"] for stage in report["stages"]]
-    assert sizes[0] > 4 * sizes[1] == 4 * sizes[2]
+    assert sizes[0] > 3.9 * sizes[1]
+    assert sizes[1] == sizes[2]
     bits = {layer["layer"]: layer["bits"] for layer in report["layers"]}
     assert len(bits) == 22
     assert bits["teacher.conv1"] == bits["student.conv4"] == bits["autoencoder.decoder.deconv8"] == 8
     assert bits["teacher.conv2"] == bits["student.conv2"]
+    assert bits["teacher.conv3"] == bits["student.conv3"]
     assert all(0 < layer["score"] < 1 for layer in report["layers"] if not layer["layer"].startswith("autoencoder"))
     assert 2 < report["average_bits"] <= 8
     assert model.model.quantized
@@ -119,6 +121,7 @@ def test_resume_from_the_stage_checkpoints(cell_data, small_raad, engine, uninte
     path = next(folder.rglob(f"{name}.ckpt"))
     engine(max_steps=STEPS, logger=False).fit(resumed, datamodule=cell_data(), ckpt_path=path)
     assert_equal_weights(resumed, model)
+    assert list(resumed._stages) == ["trained", "quantized", "fine_tuned"]
 
 
 def assert_equal_weights(actual: Raad, expected: Raad) -> None:
@@ -139,7 +142,7 @@ def test_teacher_is_never_trained(uninterrupted) -> None:
 def test_one_epoch_over_five_images_with_batch_size_two(cell_data, small_raad, engine) -> None:
     model = small_raad()
     engine(max_epochs=1, logger=False).fit(model, datamodule=cell_data(train_batch_size=2))
-    assert [stage["stage"] for stage in model._stages] == ["trained", "quantized", "fine_tuned"]
+    assert list(model._stages) == ["trained", "quantized", "fine_tuned"]
     assert model.post_processor.image_threshold.isfinite()
 
 
@@ -231,6 +234,20 @@ def test_too_few_images__error(cell_data, small_raad, engine, number: int) -> No
     data.setup = shrink
     with pytest.raises(ValueError, match=rf"training set has {number} image\(s\)"):
         engine(max_steps=2, logger=False).fit(small_raad(), datamodule=data)
+
+
+def test_checkpoint_of_another_model__error(tmp_path) -> None:
+    torch.save({"state_dict": {}, "pytorch-lightning_version": "2.6.0"}, tmp_path / "other.ckpt")
+    with pytest.raises(ValueError, match="not a checkpoint of Raad"):
+        Raad.load_from_checkpoint(tmp_path / "other.ckpt")
+
+
+def test_how_long_the_run_takes_is_said_soon(cell_data, small_raad, engine, monkeypatch, caplog) -> None:
+    monkeypatch.setattr("anomalib_raad.lightning_model._PACE_STEPS", (1, 2))
+    with caplog.at_level("INFO"):
+        engine(max_steps=3, logger=False).fit(small_raad(), datamodule=cell_data())
+    assert "Raad: 1 steps at" in caplog.text
+    assert "To shorten: --trainer.max_steps" in caplog.text
 
 
 def test_loaders_without_datamodule__error(cell_data, small_raad, engine) -> None:

@@ -26,7 +26,7 @@ from .data.penalty import PenaltyImages
 from .data.training import NormalImages
 from .initialization import start_in_closed_form_
 from .quantization.layers import quantizable_layers
-from .quantization.recipe import Allocation, model_bytes, quantize_
+from .quantization.recipe import DEFAULT_THRESHOLDS, Allocation, model_bytes, quantize_
 from .stages import Schedule, Stage
 from .teacher.weights import load_teacher_
 from .torch_model import MAX_IMAGE_SIZE, MIN_IMAGE_SIZE, RaadModel
@@ -34,7 +34,7 @@ from .torch_model import MAX_IMAGE_SIZE, MIN_IMAGE_SIZE, RaadModel
 logger = logging.getLogger(__name__)
 
 _UNLIMITED_EPOCHS = {None, -1, 1000}  # Lightning's max_epochs when the user has set none (1000), or no limit (-1)
-_PACE_STEPS = (5, 25)  # optimizer steps between which the pace is taken for the forecast of the run's length
+_PACE_STEPS = (5, 25)  # batches between which the pace is taken for the forecast of the run's length
 
 
 class Raad(AnomalibModule):
@@ -50,7 +50,8 @@ class Raad(AnomalibModule):
         teacher: ``bundled``, ``efficientad`` (anomalib's official weights, downloaded) or the path of a weights file.
         model_size: ``small`` or ``medium``.
         padding: Zero-pad the convolutions of teacher and student.
-        lr: Learning rate of stage 1.
+        lr: Learning rate of stage 1. The default, the paper's, keeps what the closed-form start found; from a random
+            start, 1e-4 gets further in few steps.
         lr_decay: The last share of stage 1 runs at a tenth of ``lr``, as in EfficientAD; 0 for a constant rate.
         finetune_lr: Learning rate of stage 3.
         weight_decay: Adam's weight decay.
@@ -96,7 +97,7 @@ class Raad(AnomalibModule):
         teacher: str | Path = "bundled",
         model_size: str = "small",
         padding: bool = False,
-        lr: float = 1e-4,
+        lr: float = 1e-5,
         lr_decay: float = 0.05,
         finetune_lr: float = 1e-5,
         weight_decay: float = 1e-5,
@@ -111,7 +112,7 @@ class Raad(AnomalibModule):
         bits: int | dict[str, int] | None = None,
         first_last_bits: int = 8,
         autoencoder_bits: int = 8,
-        hqs_thresholds: tuple[float, float, float] = (0.25, 0.5, 0.75),
+        hqs_thresholds: tuple[float, float, float] = DEFAULT_THRESHOLDS,
         closed_form_start: bool = True,
         held_out: float = 0.1,
         calibration_images: int = 128,
@@ -139,8 +140,9 @@ class Raad(AnomalibModule):
         self.lambdas = {"st": lambda_st, "stae": lambda_stae, "ae": lambda_ae, "penalty": 1.0}
         self.schedule = Schedule(train_steps, finetune_steps)
         self._scores: dict[str, float] = {}
-        self._stages: list[dict[str, Any]] = []
+        self._stages: dict[str, dict[str, Any]] = {}
         self._penalty: PenaltyImages | None = None
+        self._batches = 0
         self._pace_start = 0.0
         # Everything random in a run follows from this number; -1 until the run has begun.
         self.register_buffer("run_seed", torch.tensor(-1))
@@ -269,10 +271,10 @@ class Raad(AnomalibModule):
         """Tell once how long the run will take."""
         del outputs, batch, batch_idx
         first, last = _PACE_STEPS
-        step = self.trainer.fit_loop.total_batch_idx
-        if step == first:
+        self._batches += 1
+        if self._batches == first:
             self._pace_start = time.monotonic()
-        elif step == last:
+        elif self._batches == last:
             self._forecast((time.monotonic() - self._pace_start) / (last - first))
 
     def _forecast(self, seconds: float) -> None:
@@ -286,6 +288,7 @@ class Raad(AnomalibModule):
 
     def on_train_end(self) -> None:
         """Warn if the run ended before the model was finished."""
+        self.trainer.limit_val_batches = self._limit_val_batches
         if self.global_step < self.schedule.total:
             logger.warning(
                 "Raad stopped after %d of %d steps: the model is not finished. Resume with ckpt_path.",
@@ -323,7 +326,7 @@ class Raad(AnomalibModule):
             high = np.maximum(high, low + 1e-6)  # the maps of a part without any variation are constant
             self.model.map_quantiles.copy_(torch.tensor(np.stack([low, high], axis=1)))
         means = dict(zip(["held_out_map_st", "held_out_map_ae"], values.mean(axis=1).tolist(), strict=True))
-        self._stages.append({"stage": name, "step": step, "bytes": model_bytes(self.model), **means})
+        self._stages[name] = {"stage": name, "step": step, "bytes": model_bytes(self.model), **means}
         for metrics_logger in self.loggers:
             metrics_logger.log_metrics(means, step=step)
         callback = self.trainer.checkpoint_callback
@@ -348,7 +351,7 @@ class Raad(AnomalibModule):
         report = {
             "average_bits": sum(layer["bits"] * layer["weights"] for layer in layers) / weights,
             "layers": layers,
-            "stages": self._stages,
+            "stages": list(self._stages.values()),
         }
         path = Path(self.trainer.default_root_dir) / "quantization.json"
         if self.trainer.is_global_zero and not self.trainer.fast_dev_run:
@@ -405,6 +408,9 @@ class Raad(AnomalibModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restore the report's numbers."""
         super().on_load_checkpoint(checkpoint)
+        if "raad" not in checkpoint:
+            msg = "this is not a checkpoint of Raad; it holds a model of another class"
+            raise ValueError(msg)
         self._scores, self._stages = checkpoint["raad"]["scores"], checkpoint["raad"]["stages"]
 
     @classmethod

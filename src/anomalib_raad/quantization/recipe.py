@@ -12,6 +12,10 @@ from .layers import QuantConv2d, quantizable_layers
 from .quantizers import check_bits
 from .scoring import allot_bits, layer_scores
 
+DEFAULT_THRESHOLDS = (0.005, 0.01, 0.02)
+"""Limits of phi. The paper gives none. Cells of equal width, (0.25, 0.5, 0.75), give inner layers 2 bits and ruin the
+maps as long as weights are rounded to the nearest value, see docs/measurements.md; these give most layers 8 bits."""
+
 _SAMPLES_PER_IMAGE = 4096  # activations kept of each layer and image for the search of its grid
 
 
@@ -44,7 +48,7 @@ class Allocation:
     bits: int | Mapping[str, int] | None = None
     first_last_bits: int = 8
     autoencoder_bits: int = 8
-    thresholds: tuple[float, float, float] = (0.25, 0.5, 0.75)
+    thresholds: tuple[float, float, float] = DEFAULT_THRESHOLDS
 
     def __post_init__(self) -> None:
         """Check every number."""

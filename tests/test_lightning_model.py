@@ -1,12 +1,16 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
+from anomalib.data import Folder
+from anomalib.engine import Engine
 from anomalib.models import Raad
 from lightning.pytorch import seed_everything
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from PIL import Image
 from torchvision.transforms.v2 import Compose, Normalize, Resize
 
 from anomalib_raad.quantization.layers import quantizable_layers
@@ -39,9 +43,6 @@ def weights(model: Raad) -> dict[str, torch.Tensor]:
 @pytest.fixture(scope="module")
 def uninterrupted(cells, tmp_path_factory):
     """Folder with a checkpoint after every step of a finished run, and its final weights."""
-    from anomalib.data import Folder
-    from anomalib.engine import Engine
-
     folder = tmp_path_factory.mktemp("run")
     seed_everything(7)
     data = Folder(
@@ -177,6 +178,29 @@ def test_penalty_and_plain_maps(cell_data, small_raad, engine, cells) -> None:
     engine(max_steps=2, logger=False).fit(model, datamodule=cell_data())
     assert model.trainer.callback_metrics["train_penalty"] > 0
     assert torch.equal(model.model.map_quantiles, torch.tensor([[0.0, 0.1], [0.0, 0.1]]))
+
+
+def test_grey_rgba_16_bit_and_rectangular_images(tmp_path, engine) -> None:
+    """Whatever anomalib's reader delivers trains and predicts, at an image size that is not square."""
+    root = tmp_path / "images"
+    root.mkdir()
+    pixels = np.random.default_rng(0).integers(0, 256, (90, 130, 4), dtype=np.uint8)
+    Image.fromarray(pixels[..., 0]).save(root / "grey.png")
+    Image.fromarray(pixels).save(root / "rgba.png")
+    Image.fromarray(pixels[..., :3]).save(root / "rgb.png")
+    Image.fromarray(pixels[..., 0].astype(np.uint16) * 257).save(root / "deep.png")
+    data = Folder(
+        name="mixed", root=tmp_path, normal_dir="images", train_batch_size=2, eval_batch_size=1, num_workers=0,
+        test_split_mode="none", val_split_mode="from_train", val_split_ratio=0.25, seed=0,
+    )  # fmt: skip
+    model = Raad(pre_processor=Raad.configure_pre_processor((64, 96)), visualizer=False)
+    runner = engine(max_steps=2, logger=False)
+    runner.fit(model, datamodule=data)
+    predictions = runner.predict(model, data_path=root)
+    assert len(predictions) == 4
+    for batch in predictions:
+        assert batch.anomaly_map.shape[-2:] == (64, 96)
+        assert batch.pred_score.isfinite().all()
 
 
 def test_the_datamodule_is_given_back(cell_data, small_raad, engine) -> None:

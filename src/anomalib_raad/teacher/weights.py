@@ -11,7 +11,7 @@ from anomalib.utils.path import get_pretrained_weights_dir
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-BUNDLED_SHA256 = "0e379493705d7f61500adbe0b6699c6b564ccf76bcd5fb59473b9ae2f302085f"
+BUNDLED_SHA256 = "0279992483b5fdf51cc1e147a5b97534ea478ebd0a65187a5261330cce4fc07c"
 _BUNDLED = "teacher_small.safetensors"
 
 

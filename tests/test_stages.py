@@ -21,3 +21,8 @@ def test_stage_of_each_step() -> None:
     schedule = Schedule(2, 1)
     assert [schedule.stage(step) for step in range(3)] == [Stage.TRAIN, Stage.TRAIN, Stage.FINE_TUNE]
     assert schedule.total == 3
+
+
+def test_progress_within_each_stage() -> None:
+    schedule = Schedule(4, 2)
+    assert [schedule.progress(step) for step in range(6)] == [0, 0.25, 0.5, 0.75, 0, 0.5]

@@ -1,6 +1,6 @@
 """Fit the model of an anomalib configuration and show what each stage did to its test results.
 
-    python -m anomalib_raad.demo configs/raad_demo.yaml
+    python -m anomalib_raad.demo --configuration configs/raad_demo.yaml
 
 It is ``anomalib train`` with two more tests: Raad keeps the model as it was before and after quantization beside its
 last checkpoint. The test images decide nothing here; they are only measured.
@@ -19,11 +19,11 @@ from rich.table import Table
 STAGES = {"trained": "before quantization", "quantized": "after quantization", "model": "after fine-tuning"}
 
 
-def run(config: str = "configs/raad_demo.yaml", max_steps: int | None = None) -> Path:
+def run(configuration: str = "configs/raad_demo.yaml", max_steps: int | None = None) -> Path:
     """Fit, test every stage, print a table and write it as JSON.
 
     Args:
-        config: Configuration with ``model``, ``data`` and ``trainer``, as ``anomalib train -c`` takes it.
+        configuration: File with ``model``, ``data`` and ``trainer``, as ``anomalib train -c`` takes it.
         max_steps: Optimizer steps, instead of the configuration's.
 
     Returns:
@@ -31,7 +31,7 @@ def run(config: str = "configs/raad_demo.yaml", max_steps: int | None = None) ->
     """
     overrides = {} if max_steps is None else {"trainer.max_steps": max_steps}
     seed_everything(0)
-    engine, model, datamodule = Engine.from_config(config, **overrides)
+    engine, model, datamodule = Engine.from_config(configuration, **overrides)
     engine.fit(model, datamodule=datamodule)
     results = Path(engine.trainer.default_root_dir)
     metrics: dict[str, dict[str, float]] = {}

@@ -52,7 +52,8 @@ class Raad(AnomalibModule):
         padding: Zero-pad the convolutions of teacher and student.
         lr: Learning rate of stage 1. The default, the paper's, keeps what the closed-form start found; from a random
             start, 1e-4 gets further in few steps.
-        lr_decay: The last share of stage 1 runs at a tenth of ``lr``, as in EfficientAD; 0 for a constant rate.
+        lr_decay: The last share of either stage runs at a tenth of its learning rate (EfficientAD: 0.05); 0 for
+            constant rates.
         finetune_lr: Learning rate of stage 3.
         weight_decay: Adam's weight decay.
         train_steps: Optimizer steps of stage 1, when the trainer's limits allow and ask for no other length; otherwise
@@ -98,7 +99,7 @@ class Raad(AnomalibModule):
         model_size: str = "small",
         padding: bool = False,
         lr: float = 1e-5,
-        lr_decay: float = 0.05,
+        lr_decay: float = 0.2,
         finetune_lr: float = 1e-5,
         weight_decay: float = 1e-5,
         train_steps: int = 70_000,
@@ -211,9 +212,10 @@ class Raad(AnomalibModule):
         optimizer = torch.optim.Adam(parameters, lr=options["lr"], weight_decay=options["weight_decay"])
 
         def factor(step: int) -> float:
-            if self.schedule.stage(step) is Stage.FINE_TUNE:
-                return options["finetune_lr"] / options["lr"]
-            return 0.1 if step >= (1 - options["lr_decay"]) * self.schedule.train_steps else 1.0
+            stage_factor = (
+                options["finetune_lr"] / options["lr"] if self.schedule.stage(step) is Stage.FINE_TUNE else 1.0
+            )
+            return stage_factor * (0.1 if self.schedule.progress(step) >= 1 - options["lr_decay"] else 1.0)
 
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}

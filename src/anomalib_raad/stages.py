@@ -44,6 +44,12 @@ class Schedule:
         """Steps of the whole run."""
         return self.train_steps + self.finetune_steps
 
+    def progress(self, step: int) -> float:
+        """The share of its stage, from 0 to below 1, that lies before the optimizer step ``step``."""
+        if self.stage(step) is Stage.TRAIN:
+            return step / self.train_steps
+        return (step - self.train_steps) / self.finetune_steps
+
     def stage(self, step: int) -> Stage:
         """The stage of the optimizer step with the number ``step``, counted from 0."""
         return Stage.TRAIN if step < self.train_steps else Stage.FINE_TUNE

@@ -3,10 +3,9 @@
 from pathlib import Path
 
 import torch
-from anomalib.data.utils import read_image
+from anomalib.data.utils import get_image_filenames, read_image
 from torchvision.transforms.v2 import CenterCrop, Compose, RandomGrayscale, Resize
 
-_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
 _GRAYSCALE = 0.3  # EfficientAD, comments on Algorithms 1 and 2
 
 
@@ -21,10 +20,11 @@ class PenaltyImages:
     """
 
     def __init__(self, root: str | Path) -> None:
-        self.paths = sorted(path for path in Path(root).rglob("*") if path.suffix.lower() in _SUFFIXES)
-        if not self.paths:
+        try:
+            self.paths = get_image_filenames(root)
+        except (ValueError, FileNotFoundError) as error:
             msg = f"penalty_dir {str(root)!r} has no image; name a folder with photos, or None for no penalty"
-            raise ValueError(msg)
+            raise ValueError(msg) from error
 
     def draw(self, like: torch.Tensor) -> torch.Tensor:
         """Draw as many images as ``like`` has, of its shape ``(N, 3, H, W)`` and device, values in [0, 1].

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from anomalib.data.utils import get_image_filenames
 from anomalib.models.image.efficient_ad.torch_model import EfficientAdModelSize
 from lightning.pytorch import LightningDataModule, LightningModule
 from PIL import Image
@@ -34,7 +35,6 @@ TEACHER_SIZE = 256
 _STRIDE = 4  # of the teacher's output
 _BORDER = 4  # output cells a network without padding loses on each side
 _MAX_UNREADABLE = 20
-_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
 
 
 class Photos(Dataset[torch.Tensor]):
@@ -101,10 +101,10 @@ class PhotoFolder(LightningDataModule):
         """List the photos and split them."""
         del stage
         options = self.hparams
-        root = Path(options["root"])
-        paths = sorted(path for path in root.rglob("*") if path.suffix.lower() in _SUFFIXES)
+        paths = get_image_filenames(options["root"])
         if len(paths) <= options["held_out"]:
-            msg = f"{root} has {len(paths)} images; distillation needs more than the {options['held_out']} held out"
+            found, held_out = len(paths), options["held_out"]
+            msg = f"{options['root']} has {found} images; distillation needs more than the {held_out} held out"
             raise ValueError(msg)
         order = torch.randperm(len(paths), generator=torch.Generator().manual_seed(options["seed"])).tolist()
         shuffled = [paths[i] for i in order]

@@ -54,7 +54,8 @@ class Raad(AnomalibModule):
             start, 1e-4 gets further in few steps.
         lr_decay: The last share of either stage runs at a tenth of its learning rate (EfficientAD: 0.05); 0 for
             constant rates.
-        finetune_lr: Learning rate of stage 3.
+        finetune_lr: Learning rate of stage 3 (paper: 1e-5, for 60,000 steps; in short runs that undoes more than it
+            mends).
         weight_decay: Adam's weight decay.
         train_steps: Optimizer steps of stage 1, when the trainer's limits allow and ask for no other length; otherwise
             the stages share the trainer's steps in this proportion.
@@ -100,7 +101,7 @@ class Raad(AnomalibModule):
         padding: bool = False,
         lr: float = 1e-5,
         lr_decay: float = 0.2,
-        finetune_lr: float = 1e-5,
+        finetune_lr: float = 1e-6,
         weight_decay: float = 1e-5,
         train_steps: int = 70_000,
         finetune_steps: int = 60_000,

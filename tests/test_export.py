@@ -4,6 +4,7 @@ import pytest
 import torch
 from anomalib.data.utils import read_image
 from anomalib.models import Raad
+from lightning.pytorch import seed_everything
 
 onnxruntime = pytest.importorskip("onnxruntime")
 openvino = pytest.importorskip("openvino")
@@ -26,7 +27,9 @@ def finished(cells, images, tmp_path_factory) -> Raad:
         name="cells", root=cells, normal_dir="train", normal_test_dir="good", abnormal_dir="bad",
         train_batch_size=1, eval_batch_size=2, num_workers=0, val_split_mode="same_as_test", seed=0,
     )  # fmt: skip
-    model = Raad(pre_processor=Raad.configure_pre_processor((64, 64)), visualizer=False)
+    seed_everything(0)
+    # Four images are far too few for the closed-form start: its huge weights would magnify every rounding error.
+    model = Raad(pre_processor=Raad.configure_pre_processor((64, 64)), closed_form_start=False, visualizer=False)
     root = tmp_path_factory.mktemp("finished")
     Engine(max_steps=4, default_root_dir=root, accelerator="cpu", logger=False).fit(model, datamodule=data)
     return model.eval()

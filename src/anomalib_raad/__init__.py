@@ -1,10 +1,11 @@
 """RAAD for anomalib: train, quantize by score, fine-tune.
 
-The names below are imported when they are first used, so that Python's start-up hook (see ``registration``) costs
-nothing in programs that do not use anomalib.
+The names below are imported when they are first used, so that the parts can be used without anomalib's whole weight.
 """
 
-TYPE_CHECKING = False  # typing would cost more than all the rest
+from importlib import import_module
+from typing import TYPE_CHECKING
+
 if TYPE_CHECKING:
     from .data.elpv import Elpv
     from .lightning_model import Raad
@@ -21,6 +22,4 @@ def __getattr__(name: str) -> object:
     if name not in _HOMES:
         msg = f"module {__name__!r} has no attribute {name!r}"
         raise AttributeError(msg)
-    from importlib import import_module  # noqa: PLC0415
-
     return getattr(import_module(_HOMES[name], __name__), name)

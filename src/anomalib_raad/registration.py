@@ -1,68 +1,48 @@
 """The door through which models from other packages enter anomalib: entry points of the group ``anomalib.models``.
 
-anomalib finds models among the classes that something has imported. ``anomalib_raad.pth``, which Python runs at start
-because it lies in site-packages, installs an import hook that waits for ``anomalib.models``. When that module has been
-imported, and only then, the hook
+anomalib finds models among the classes that something has imported. ``anomalib_raad.pth``, whose line Python runs at
+start because it lies in site-packages, installs an import hook that waits for ``anomalib.models`` and imports nothing
+itself. When ``anomalib.models`` is imported, the hook calls :func:`find_spec` below, and then :func:`register`
 
 1. looks up the entry points (name: the class; value: ``package.module:Class``) of every installed package,
 2. adds their packages to anomalib's list of allowed modules, for ``get_model({"class_path": ...})``,
 3. makes each class an attribute of ``anomalib.models``, and imports it, so that the CLI and ``list_models`` see it.
 
-A program that never imports anomalib pays for this small file alone. Uninstalling removes the ``.pth`` with the
-package.
+Uninstalling removes the ``.pth`` with the package.
 """
 
 import sys
-
-TYPE_CHECKING = False  # typing is not imported: this file runs at every start of Python
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-    from importlib.machinery import ModuleSpec
-    from types import ModuleType
+import warnings
+from collections.abc import Sequence
+from importlib.machinery import ModuleSpec
+from importlib.metadata import entry_points
+from types import ModuleType
 
 GROUP = "anomalib.models"
+_HOOK = "AnomalibPlugins"  # name of the hook's class in the .pth file
 
 
-class _AnomalibFinder:
-    """Finds ``anomalib.models`` like everybody else, and registers the plugins once it has been executed."""
+def find_spec(name: str, path: Sequence[str] | None = None, target: ModuleType | None = None) -> ModuleSpec | None:
+    """Find ``anomalib.models`` as everybody else does, and register the plugins once it has been executed."""
+    finders = (finder for finder in sys.meta_path if getattr(finder, "__name__", None) != _HOOK)
+    spec = next((spec for finder in finders if (spec := finder.find_spec(name, path, target))), None)
+    if spec is None or spec.loader is None:
+        return None
+    execute = spec.loader.exec_module
 
-    @classmethod
-    def find_spec(
-        cls,
-        name: str,
-        path: "Sequence[str] | None" = None,
-        target: "ModuleType | None" = None,
-    ) -> "ModuleSpec | None":
-        if name != GROUP:
-            return None
-        finders = (finder for finder in sys.meta_path if finder is not cls)
-        spec = next((spec for finder in finders if (spec := finder.find_spec(name, path, target))), None)
-        if spec is None or spec.loader is None:
-            return None
-        execute = spec.loader.exec_module
+    def execute_and_register(module: ModuleType) -> None:
+        execute(module)
+        register(module)
 
-        def execute_and_register(module: "ModuleType") -> None:
-            execute(module)
-            register(module)
-
-        spec.loader.exec_module = execute_and_register  # type: ignore[method-assign]
-        return spec
+    spec.loader.exec_module = execute_and_register  # type: ignore[method-assign]
+    return spec
 
 
-def install() -> None:
-    """Wait for the import of ``anomalib.models``; a second call changes nothing."""
-    if _AnomalibFinder not in sys.meta_path:
-        sys.meta_path.insert(0, _AnomalibFinder)
-
-
-def register(models: "ModuleType") -> None:
+def register(models: ModuleType) -> None:
     """Make the classes of all installed plugins known to the module ``anomalib.models``.
 
     A plugin that cannot be imported is named in a warning, and anomalib works on without it.
     """
-    import warnings  # noqa: PLC0415
-    from importlib.metadata import entry_points  # noqa: PLC0415
-
     plugins = {plugin.name: plugin for plugin in entry_points(group=GROUP)}
 
     def __getattr__(name: str) -> object:  # noqa: N807

@@ -3,7 +3,7 @@
 import json
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from .data.penalty import PenaltyImages
 from .data.training import NormalImages
-from .initialization import start_in_closed_form_
+from .initialization import AUTOENCODER_STEPS, start_in_closed_form_
 from .quantization.layers import quantizable_layers
 from .quantization.recipe import DEFAULT_THRESHOLDS, Allocation, model_bytes, quantize_
 from .stages import Schedule, Stage
@@ -71,8 +71,8 @@ class Raad(AnomalibModule):
         first_last_bits: Bits of the first and last layer of teacher and student.
         autoencoder_bits: Bits of the autoencoder.
         hqs_thresholds: Limits of phi: scores below the first get 2 bits, then 3, 4, and from the last on 8.
-        closed_form_start: Start the last layers of student and autoencoder as the solution of a ridge regression onto
-            what they are to learn, instead of at random: few steps are then enough.
+        closed_form_start: Start with a hundred steps of the autoencoder alone and the student's last layer solved by
+            ridge regression onto what it is to learn, instead of at random: few steps are then enough.
         held_out: Share of the normal training images held out for scores and map quantiles, at least one image.
         calibration_images: At most so many training images serve for the teacher's channel statistics and the
             quantizers' grids.
@@ -182,9 +182,13 @@ class Raad(AnomalibModule):
     def on_fit_start(self) -> None:
         """Fix the run's seed and with it the split and the order of the training images."""
         if self.run_seed < 0:
-            self.run_seed.fill_(torch.initial_seed() % 2**31)
+            self.run_seed.fill_(self.trainer.strategy.broadcast(torch.initial_seed() % 2**31))
         self._images = NormalImages(self.trainer.datamodule, self.hparams["held_out"], int(self.run_seed))
-        self._images.take_over_training(lambda: self.trainer.global_step * self.trainer.accumulate_grad_batches)
+        self._images.take_over_training(
+            lambda: self.trainer.global_step * self.trainer.accumulate_grad_batches,
+            self.trainer.global_rank,
+            self.trainer.world_size,
+        )
 
     def on_train_start(self) -> None:
         """Lay out the schedule and compute the teacher's channel statistics, once a run."""
@@ -194,13 +198,17 @@ class Raad(AnomalibModule):
             total = min(total, options["train_steps"] + options["finetune_steps"])
         self.schedule = Schedule.scaled(options["train_steps"], options["finetune_steps"], total)
         if not self.model.teacher_normalized:  # a fresh run, not a resumed one
-            self._set_teacher_statistics()
-            if options["closed_form_start"]:
-                with self._evaluating():
-                    images = list(self._calibration_images("Images for the closed-form start"))
-                    start_in_closed_form_(self.model, images, int(self.run_seed))
+            self._once(self._prepare_model)
         # The only use of validation is to set the thresholds of the finished model: it runs once, at the end.
         self._limit_val_batches, self.trainer.limit_val_batches = self.trainer.limit_val_batches, 0
+
+    def _prepare_model(self) -> None:
+        self._set_teacher_statistics()
+        if self.hparams["closed_form_start"]:
+            with self._evaluating(), self.trainer.precision_plugin.forward_context():
+                images = list(self._calibration_images("Images for the closed-form start"))
+                steps = min(AUTOENCODER_STEPS, self.schedule.train_steps)
+                start_in_closed_form_(self.model, images, int(self.run_seed), steps)
 
     def _set_teacher_statistics(self) -> None:
         with self._evaluating():
@@ -228,7 +236,8 @@ class Raad(AnomalibModule):
         del batch, batch_idx
         if self.schedule.stage(self.global_step) is Stage.FINE_TUNE and not self.model.quantized:
             self._end_stage("trained", self.global_step)
-            self._quantize()
+            self._once(self._quantize)
+            self.trainer.optimizers[0].state.clear()  # stage 3 starts with a fresh Adam
             self._end_stage("quantized", self.global_step)
 
     def training_step(self, batch: Batch, batch_idx: int) -> STEP_OUTPUT:
@@ -315,26 +324,33 @@ class Raad(AnomalibModule):
                 self.allocation,
             )
         self._set_teacher_statistics()
-        self.trainer.optimizers[0].state.clear()  # stage 3 starts with a fresh Adam
         bits = {name: layer.bits for name, layer in quantizable_layers(self.model.teacher).items()}
         logger.info("Raad: bits of teacher and student %s, scores %s", bits, self._scores)
 
     def _end_stage(self, name: str, step: int) -> None:
         """Normalise the maps for the model as it is now, note how it does on held-out normals, save it."""
-        with self._evaluating():
-            maps = [torch.stack(pair) for pair in map(self.model.maps, self._held_out_images(f"Map quantiles, {name}"))]
-        values = np.concatenate([pair.flatten(1).cpu().numpy() for pair in maps], axis=1)
-        if self.hparams["normalize_maps"]:
-            low, high = np.quantile(values, [0.9, 0.995], axis=1)
-            high = np.maximum(high, low + 1e-6)  # the maps of a part without any variation are constant
-            self.model.map_quantiles.copy_(torch.tensor(np.stack([low, high], axis=1)))
-        means = dict(zip(["held_out_map_st", "held_out_map_ae"], values.mean(axis=1).tolist(), strict=True))
+        means = self.normalize_maps()
         self._stages[name] = {"stage": name, "step": step, "bytes": model_bytes(self.model), **means}
         for metrics_logger in self.loggers:
             metrics_logger.log_metrics(means, step=step)
         callback = self.trainer.checkpoint_callback
         if name != "fine_tuned" and callback is not None and callback.dirpath and not self.trainer.fast_dev_run:
             self.trainer.save_checkpoint(Path(callback.dirpath) / f"{name}.ckpt")
+
+    def normalize_maps(self) -> dict[str, float]:
+        """Set the map quantiles of the model as it is now, during a fit.
+
+        Returns:
+            The mean of either unnormalised map on the held-out normal images.
+        """
+        with self._evaluating():
+            maps = [torch.stack(pair) for pair in map(self.model.maps, self._held_out_images("Map quantiles"))]
+        values = np.concatenate([pair.flatten(1).float().cpu().numpy() for pair in maps], axis=1)
+        if self.hparams["normalize_maps"]:
+            low, high = np.quantile(values, [0.9, 0.995], axis=1)
+            high = np.maximum(high, low + 1e-6)  # the maps of a part without any variation are constant
+            self.model.map_quantiles.copy_(torch.tensor(np.stack([low, high], axis=1)))
+        return dict(zip(["held_out_map_st", "held_out_map_ae"], values.mean(axis=1).tolist(), strict=True))
 
     def _write_report(self) -> None:
         """Write bits, scores and stage metrics to ``quantization.json`` in the results folder."""
@@ -362,6 +378,14 @@ class Raad(AnomalibModule):
             path.write_text(json.dumps(report, indent=2))
 
     # ----------------------------------------------------------------------------------------------------- helpers
+
+    def _once(self, change: Callable[[], None]) -> None:
+        """Let one process change the model and give all others the result."""
+        if self.trainer.is_global_zero:
+            change()
+        if self.trainer.world_size > 1:
+            state, self._scores = self.trainer.strategy.broadcast((self.model.state_dict(), self._scores))
+            self.model.load_state_dict(state)
 
     @contextmanager
     def _evaluating(self) -> Iterator[None]:
@@ -423,8 +447,8 @@ class Raad(AnomalibModule):
 
     @property
     def trainer_arguments(self) -> dict[str, Any]:
-        """No sanity check: before training there is nothing to validate."""
-        return {"num_sanity_val_steps": 0}
+        """No sanity check: before training there is nothing to validate. And Raad shares out the batches itself."""
+        return {"num_sanity_val_steps": 0, "use_distributed_sampler": False}
 
     @property
     def learning_type(self) -> LearningType:

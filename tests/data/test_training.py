@@ -33,6 +33,17 @@ def test_iteration_continues_where_the_run_was_interrupted(position: int) -> Non
     assert list(resumed) == whole[position : position + 4]
 
 
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_processes_share_out_the_batches(world_size: int) -> None:
+    whole = run(ResumableBatches(range(7), 2, 5, lambda: 0), epochs=6)
+    shares = [
+        run(ResumableBatches(range(7), 2, 5, lambda: 0, rank, world_size), epochs=3) for rank in range(world_size)
+    ]
+    assert len({len(share) for share in shares}) == 1
+    together = list(chain.from_iterable(zip(*shares, strict=True)))
+    assert together == whole[: len(together)]
+
+
 def test_the_seed_decides_the_order() -> None:
     orders = [list(ResumableBatches(range(20), 1, seed, lambda: 0)) for seed in (1, 1, 2)]
     assert orders[0] == orders[1] != orders[2]
@@ -50,7 +61,7 @@ def test_held_out_images_do_not_train(datamodule, share: float, number: int) -> 
     images = NormalImages(datamodule, share, seed=3)
     assert len(images.held_out) == number
     assert sorted(images.held_out + images.kept) == list(range(5))
-    images.take_over_training(lambda: 0)
+    images.take_over_training(lambda: 0, rank=0, world_size=1)
     names = [path for batch in datamodule.train_dataloader() for path in batch.image_path]
     held_out = set(datamodule.train_data.samples.image_path.iloc[images.held_out])
     assert len(names) == len(images.kept)

@@ -13,33 +13,47 @@ class ResumableBatches(Sampler[list[int]]):
     """Batches of an endless shuffle whose n-th batch depends on the seed and on n alone.
 
     Every iteration continues at the batch that ``position`` names, so a run that was interrupted anywhere sees the
-    images it would have seen.
+    images it would have seen. Several processes take the batches in turn.
 
     Args:
         indices: Images to draw from; each is drawn once a round.
         batch_size: Images a batch; the last of a round may be smaller.
         seed: Seed of the shuffle.
-        position: Tells how many batches have been used so far.
+        position: Tells how many batches each process has used so far.
+        rank: Number of this process.
+        world_size: Number of processes.
     """
 
-    def __init__(self, indices: Sequence[int], batch_size: int, seed: int, position: Callable[[], int]) -> None:
+    def __init__(
+        self,
+        indices: Sequence[int],
+        batch_size: int,
+        seed: int,
+        position: Callable[[], int],
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
         self.indices = list(indices)
         self.batch_size = batch_size
         self.seed = seed
         self.position = position
+        self.rank = rank
+        self.world_size = world_size
 
     def __len__(self) -> int:
-        """Batches a round."""
+        """Batches of this process in a round, rounded up."""
+        return math.ceil(self._batches_a_round / self.world_size)
+
+    @property
+    def _batches_a_round(self) -> int:
         return math.ceil(len(self.indices) / self.batch_size)
 
     def __iter__(self) -> Iterator[list[int]]:
         """Yield one round's number of batches, which may reach into the next round."""
         start = self.position()
-        for number in range(start, start + len(self)):
-            within = number % len(self)
-            if number == start or within == 0:
-                order = self._order(number // len(self))
-            yield order[within * self.batch_size : (within + 1) * self.batch_size]
+        for turn in range(start, start + len(self)):
+            round_number, within = divmod(turn * self.world_size + self.rank, self._batches_a_round)
+            yield self._order(round_number)[within * self.batch_size : (within + 1) * self.batch_size]
 
     def _order(self, round_number: int) -> list[int]:
         generator = torch.Generator().manual_seed(self.seed + round_number)
@@ -77,14 +91,14 @@ class NormalImages:
             assert image is not None  # noqa: S101  # a dataset item may lack an image, a training item never does
             yield image.unsqueeze(0)
 
-    def take_over_training(self, position: Callable[[], int]) -> None:
+    def take_over_training(self, position: Callable[[], int], rank: int, world_size: int) -> None:
         """Let the datamodule train on the kept images, in an order that can be resumed, until :meth:`release`."""
         self.release()
         original = self.datamodule.train_dataloader
 
         def train_dataloader() -> DataLoader:
             loader = original()
-            batches = ResumableBatches(self.kept, loader.batch_size, self.seed, position)
+            batches = ResumableBatches(self.kept, loader.batch_size, self.seed, position, rank, world_size)
             return DataLoader(
                 loader.dataset,
                 batch_sampler=batches,

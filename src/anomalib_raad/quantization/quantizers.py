@@ -1,5 +1,7 @@
 """Uniform quantization of one tensor: the rounding itself, and the search for a grid that rounds with little error."""
 
+from typing import Any, cast
+
 import torch
 
 BITS = (2, 3, 4, 8)
@@ -38,12 +40,35 @@ def fake_quantize(
         high: Largest integer of the grid.
 
     Returns:
-        Tensor of the shape of ``x`` in float32, whatever the precision of ``x``: 16-bit floats cannot hold the
-        quotient closely enough to round it.
+        Tensor of the shape and precision of ``x``. It is rounded in float32: 16-bit floats cannot hold the quotient
+        closely enough.
     """
-    clipped = (x.float() / step + zero_point).clamp(low, high)
-    rounded = clipped + (clipped.round() - clipped).detach()
-    return (rounded - zero_point) * step
+    if torch.is_grad_enabled() and x.requires_grad:
+        return cast("torch.Tensor", _StraightThrough.apply(x, step, zero_point, low, high))
+    return (((x.float() / step + zero_point).clamp(low, high).round() - zero_point) * step).to(x.dtype)
+
+
+class _StraightThrough(torch.autograd.Function):
+    """:func:`fake_quantize` in few passes over memory: a fine-tuning step spends its extra time on them."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,  # noqa: ANN401
+        x: torch.Tensor,
+        step: torch.Tensor,
+        zero_point: torch.Tensor | int,
+        low: int,
+        high: int,
+    ) -> torch.Tensor:
+        position = (x.float() / step).add_(zero_point)
+        clipped = position.clamp(low, high)
+        ctx.save_for_backward(clipped == position)
+        return clipped.round_().sub_(zero_point).mul_(step).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None, None, None]:  # noqa: ANN401
+        (inside,) = ctx.saved_tensors
+        return gradient * inside, None, None, None, None
 
 
 def weight_range(bits: int) -> tuple[int, int]:

@@ -27,6 +27,7 @@ from anomalib_raad.statistics import channel_mean_std
 from anomalib_raad.torch_model import PDN_CLASSES
 
 from .features import PatchFeatures
+from .weights import load_teacher_
 
 logger = logging.getLogger(__name__)
 
@@ -144,6 +145,7 @@ class Distillation(LightningModule):
         backbone_weights: File with the backbone's weights instead of a download.
         out_channels: Channels of the teacher.
         model_size: Size of the teacher, ``small`` or ``medium``.
+        start: Teacher to go on from, ``bundled`` or a file (see :func:`load_teacher_`); default: random weights.
         lr: Learning rate of Adam (paper: 1e-4).
         weight_decay: Weight decay of Adam (paper: 1e-5).
         cosine: Decay the learning rate to zero along a cosine over the trainer's steps.
@@ -167,6 +169,7 @@ class Distillation(LightningModule):
         backbone_weights: str | Path | None = None,
         out_channels: int = 384,
         model_size: str = "small",
+        start: str | Path | None = None,
         lr: float = 1e-4,
         weight_decay: float = 1e-5,
         cosine: bool = False,
@@ -184,6 +187,8 @@ class Distillation(LightningModule):
         self.features = features.to(memory_format=torch.channels_last)
         network = PDN_CLASSES[EfficientAdModelSize(model_size)]
         self.teacher = network(out_channels).to(memory_format=torch.channels_last)
+        if start is not None:
+            load_teacher_(self.teacher, start, model_size)
         for name in ("feature_mean", "feature_std"):
             self.register_buffer(name, torch.zeros(1, out_channels, 1, 1))
         for name in ("_errors", "_sums", "_squares"):  # of the validation, by channel

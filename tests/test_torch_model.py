@@ -46,7 +46,7 @@ def test_maps_at_256_are_efficientads(padding: bool, size: str) -> None:
     torch.testing.assert_close(ours.pred_score, theirs.pred_score, rtol=1e-4, atol=1e-5)
 
 
-def test_losses_are_efficientads(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_losses_and_gradients_are_efficientads(monkeypatch: pytest.MonkeyPatch) -> None:
     raad, twin = twin_of_efficientad(padding=False)
     for model in (raad, twin):  # the two draw augmentation and dropout in another order: leave both out
         model.train()
@@ -60,6 +60,23 @@ def test_losses_are_efficientads(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (ours.st + ours.penalty).item() == pytest.approx(theirs[0].item(), rel=1e-4)
     assert ours.ae.item() == pytest.approx(theirs[1].item(), rel=1e-4)
     assert ours.stae.item() == pytest.approx(theirs[2].item(), rel=1e-4)
+    sum(ours).backward()
+    sum(theirs).backward()
+    for network in ("student", "ae"):
+        expected = dict(getattr(twin, network).named_parameters())
+        for name, parameter in getattr(raad, network).named_parameters():
+            error = (parameter.grad - expected[name].grad).norm() / expected[name].grad.norm()
+            assert error < 1e-3, (network, name, error)
+
+
+def test_known_teacher_features_change_nothing() -> None:
+    model, image = RaadModel().train(), torch.rand(2, 3, 64, 64)
+    model.set_teacher_statistics_([image])
+    losses = []
+    for features in (None, model.teacher_features(image)):
+        torch.manual_seed(0)
+        losses.append(model(image, None, features))
+    assert losses[0] == losses[1]
 
 
 def test_teacher_stays_frozen_and_gradients_reach_student_and_autoencoder() -> None:

@@ -28,6 +28,7 @@ from .initialization import AUTOENCODER_STEPS, start_in_closed_form_
 from .quantization.layers import quantizable_layers
 from .quantization.recipe import DEFAULT_THRESHOLDS, Allocation, model_bytes, quantize_
 from .stages import Schedule, Stage
+from .teacher.cache import FeatureCache
 from .teacher.weights import load_teacher_
 from .torch_model import MAX_IMAGE_SIZE, MIN_IMAGE_SIZE, RaadModel
 
@@ -144,6 +145,7 @@ class Raad(AnomalibModule):
         self._scores: dict[str, float] = {}
         self._stages: dict[str, dict[str, Any]] = {}
         self._penalty: PenaltyImages | None = None
+        self._teacher_features = FeatureCache(self.model.teacher_features)
         self._batches = 0
         self._pace_start = 0.0
         # Everything random in a run follows from this number; -1 until the run has begun.
@@ -237,14 +239,18 @@ class Raad(AnomalibModule):
         if self.schedule.stage(self.global_step) is Stage.FINE_TUNE and not self.model.quantized:
             self._end_stage("trained", self.global_step)
             self._once(self._quantize)
+            self._teacher_features.clear()
             self.trainer.optimizers[0].state.clear()  # stage 3 starts with a fresh Adam
             self._end_stage("quantized", self.global_step)
 
     def training_step(self, batch: Batch, batch_idx: int) -> STEP_OUTPUT:
         """Compute the loss of Eq. 6 and log its terms."""
+        images = cast("torch.Tensor", batch.image)
+        # With random augmentations an image is never the same twice.
+        fixed = self.trainer.datamodule.train_data.augmentations is None
+        features = self._teacher_features(batch.image_path, images) if fixed else None
         with self._step_randomness(batch_idx):
-            images = cast("torch.Tensor", batch.image)
-            losses = self.model(images, self._penalty.draw(images) if self._penalty else None)
+            losses = self.model(images, self._penalty.draw(images) if self._penalty else None, features)
         terms = {name: term for name, term in losses._asdict().items() if term is not None}
         loss = sum(self.lambdas[name] * term for name, term in terms.items())
         stage = self.schedule.stage(self.global_step)
@@ -310,6 +316,7 @@ class Raad(AnomalibModule):
     def teardown(self, stage: str) -> None:
         """Give the datamodule its own training loader back."""
         if stage == "fit":
+            self._teacher_features.clear()
             self._images.release()
             del self._images  # it refers to the datamodule, which must not be pickled with the model
 

@@ -106,28 +106,40 @@ class RaadModel(nn.Module):
         self.teacher.eval()
         return self
 
-    def forward(self, image: torch.Tensor, penalty_image: torch.Tensor | None = None) -> Losses | InferenceBatch:
+    def forward(
+        self,
+        image: torch.Tensor,
+        penalty_image: torch.Tensor | None = None,
+        teacher_features: torch.Tensor | None = None,
+    ) -> Losses | InferenceBatch:
         """Compute the loss terms (training mode) or predictions (evaluation mode).
 
         Args:
             image: Images of shape ``(N, 3, H, W)`` in [0, 1], not normalised.
             penalty_image: In training mode, images for the penalty, of the same shape. ``None``: no penalty.
+            teacher_features: In training mode, :meth:`teacher_features` of ``image``, if they are known.
         """
         if self.training:
-            return self.losses(image, penalty_image)
+            return self.losses(image, penalty_image, teacher_features)
         map_st, map_ae = self.maps(image)
         (a_st, b_st), (a_ae, b_ae) = self.map_quantiles
         # Mean of EfficientAD's normalised maps: the q_a-quantile of normal images becomes 0, the q_b-quantile 0.1.
         anomaly_map = 0.05 * ((map_st - a_st) / (b_st - a_st) + (map_ae - a_ae) / (b_ae - a_ae))
         return InferenceBatch(pred_score=anomaly_map.amax(dim=(-2, -1)), anomaly_map=anomaly_map)
 
-    def losses(self, image: torch.Tensor, penalty_image: torch.Tensor | None = None) -> Losses:
-        """The terms of Eq. 6 for a batch of images in [0, 1], shape ``(N, 3, H, W)``."""
+    def losses(
+        self,
+        image: torch.Tensor,
+        penalty_image: torch.Tensor | None = None,
+        teacher_features: torch.Tensor | None = None,
+    ) -> Losses:
+        """The terms of Eq. 6 for a batch of images in [0, 1], shape ``(N, 3, H, W)``; see :meth:`forward`."""
         to_teacher, to_autoencoder = slice(None, self.out_channels), slice(self.out_channels, None)
         image = self._prepare(image)
         augmented = self._prepare(augment(image))
         with torch.no_grad():
-            target, augmented_target = self.normalized_teacher(image), self.normalized_teacher(augmented)
+            known = self.teacher_features(image) if teacher_features is None else teacher_features
+            target, augmented_target = self._normalize(known), self.normalized_teacher(augmented)
 
         student = describe(self.student, augmented, to_autoencoder)
         autoencoder = self.autoencode(augmented, student.shape[-2:])
@@ -157,9 +169,13 @@ class RaadModel(nn.Module):
         map_st, map_ae = (self._resize(d.mean(dim=1, keepdim=True), size) for d in differences)
         return map_st, map_ae
 
+    def teacher_features(self, image: torch.Tensor) -> torch.Tensor:
+        """Teacher features of images in [0, 1], ``(N, C, h, w)``."""
+        return describe(self.teacher, self._prepare(image))
+
     def normalized_teacher(self, image: torch.Tensor) -> torch.Tensor:
         """Teacher features with mean 0 and deviation 1 in each channel on normal images, ``(N, C, h, w)``."""
-        return self._normalize(describe(self.teacher, image))
+        return self._normalize(self.teacher_features(image))
 
     def autoencode(self, image: torch.Tensor, size: torch.Size) -> torch.Tensor:
         """The autoencoder's prediction of the normalised teacher, resized to the PDNs' output ``size``."""
@@ -183,7 +199,7 @@ class RaadModel(nn.Module):
     @torch.no_grad()
     def set_teacher_statistics_(self, images: Iterable[torch.Tensor]) -> None:
         """Compute the teacher's channel mean and standard deviation over batches of normal images."""
-        mean, std = channel_mean_std(describe(self.teacher, self._prepare(image)) for image in images)
+        mean, std = channel_mean_std(self.teacher_features(image) for image in images)
         self.teacher_mean.copy_(mean)
         self.teacher_std.copy_(std)
         self.teacher_normalized.fill_(value=True)

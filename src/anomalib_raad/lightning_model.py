@@ -205,12 +205,13 @@ class Raad(AnomalibModule):
         self._limit_val_batches, self.trainer.limit_val_batches = self.trainer.limit_val_batches, 0
 
     def _prepare_model(self) -> None:
-        self._set_teacher_statistics()
-        if self.hparams["closed_form_start"]:
-            with self._evaluating(), self.trainer.precision_plugin.forward_context():
-                images = list(self._calibration_images("Images for the closed-form start"))
-                steps = min(AUTOENCODER_STEPS, self.schedule.train_steps)
-                start_in_closed_form_(self.model, images, int(self.run_seed), steps)
+        with self.trainer.precision_plugin.forward_context():
+            self._set_teacher_statistics()
+            if self.hparams["closed_form_start"]:
+                with self._evaluating():
+                    images = list(self._calibration_images("Images for the closed-form start"))
+                    steps = min(AUTOENCODER_STEPS, self.schedule.train_steps)
+                    start_in_closed_form_(self.model, images, int(self.run_seed), steps)
 
     def _set_teacher_statistics(self) -> None:
         with self._evaluating():

@@ -4,11 +4,15 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from anomalib.data import Folder
+from anomalib.data.utils import read_image
 from anomalib.engine import Engine
 from anomalib.models import Raad
 
+from anomalib_raad import RaadModel
 from anomalib_raad.data.elpv import make_elpv_samples
+from anomalib_raad.teacher.weights import load_teacher_
 
 SMALL = (64, 64)
 
@@ -70,3 +74,14 @@ def engine(tmp_path: Path):
         return Engine(**({"default_root_dir": tmp_path, "accelerator": "cpu", "enable_progress_bar": False} | options))
 
     return make
+
+
+@pytest.fixture
+def untrained(cells):
+    """A model with the bundled teacher, and real images."""
+    torch.manual_seed(0)
+    model = RaadModel().eval()
+    load_teacher_(model.teacher, "bundled", "small")
+    images = [read_image(path, as_tensor=True)[None, :, :128, :128] for path in sorted(cells.glob("train/*"))]
+    model.set_teacher_statistics_(images)
+    return model, images

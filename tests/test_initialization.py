@@ -1,52 +1,6 @@
-import numpy as np
-import pytest
 import torch
-from anomalib.data.utils import read_image
-from torch import nn
 
-from anomalib_raad import RaadModel
-from anomalib_raad.initialization import solve_last_layer_, start_in_closed_form_, train_autoencoder_
-from anomalib_raad.quantization.layers import make_quantizable_
-from anomalib_raad.teacher.weights import load_teacher_
-
-
-def test_a_linear_target_is_found() -> None:
-    torch.manual_seed(0)
-    images = list(torch.rand(4, 1, 3, 20, 20))
-    truth, network = nn.Conv2d(3, 5, 3), make_quantizable_(nn.Sequential(nn.Conv2d(3, 5, 3)))
-    with torch.no_grad():
-        solve_last_layer_(network[0], network, images, lambda image, _: truth(image), torch.Generator())
-        for image in images:
-            torch.testing.assert_close(network(image), truth(image), rtol=0, atol=0.01)
-
-
-@pytest.mark.parametrize("padding", [0, 1])
-def test_solution_equals_numpys_ridge_regression(padding: int) -> None:
-    torch.manual_seed(0)
-    images = list(torch.rand(3, 1, 2, 8, 9))
-    layer = make_quantizable_(nn.Sequential(nn.Conv2d(2, 4, 3, padding=padding)))[0]
-    targets = {id(image): torch.randn_like(layer(image)).detach() for image in images}
-    solve_last_layer_(layer, layer, images, lambda image, _: targets[id(image)], torch.Generator())
-
-    rows = [nn.functional.unfold(image, 3, padding=padding)[0].T.numpy() for image in images]
-    phi = np.concatenate(rows).astype(np.float64)
-    phi = np.hstack([phi, np.ones((len(phi), 1))])
-    y = np.concatenate([targets[id(image)][0].flatten(1).T.numpy() for image in images])
-    gram = phi.T @ phi
-    expected = np.linalg.solve(gram + 1e-3 * np.trace(gram) / len(gram) * np.eye(len(gram)), phi.T @ y)
-    actual = np.vstack([layer.weight.detach().flatten(1).T.numpy(), layer.bias.detach().numpy()])
-    np.testing.assert_allclose(actual, expected, rtol=1e-3, atol=1e-4)
-
-
-@pytest.fixture
-def untrained(cells):
-    """A model with the bundled teacher, and real images."""
-    torch.manual_seed(0)
-    model = RaadModel().eval()
-    load_teacher_(model.teacher, "bundled", "small")
-    images = [read_image(path, as_tensor=True)[None, :, :128, :128] for path in sorted(cells.glob("train/*"))]
-    model.set_teacher_statistics_(images)
-    return model, images
+from anomalib_raad.initialization import start_in_closed_form_, train_autoencoder_
 
 
 def test_losses_start_lower_and_inner_layers_stay(untrained) -> None:

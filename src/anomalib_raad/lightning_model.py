@@ -5,6 +5,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,6 +23,7 @@ from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torchvision.transforms.v2 import Compose, Normalize, Resize
 from tqdm import tqdm
 
+from .closed_form import restore_student_
 from .data.penalty import PenaltyImages
 from .data.training import NormalImages
 from .initialization import AUTOENCODER_STEPS, start_in_closed_form_
@@ -74,6 +76,8 @@ class Raad(AnomalibModule):
         hqs_thresholds: Limits of phi: scores below the first get 2 bits, then 3, 4, and from the last on 8.
         closed_form_start: Start with a hundred steps of the autoencoder alone and the student's last layer solved by
             ridge regression onto what it is to learn, instead of at random: few steps are then enough.
+        restore_student: Solve the student's last layer after quantization, so that its differences from teacher and
+            autoencoder are what they were before.
         held_out: Share of the normal training images held out for scores and map quantiles, at least one image.
         calibration_images: At most so many training images serve for the teacher's channel statistics and the
             quantizers' grids.
@@ -117,6 +121,7 @@ class Raad(AnomalibModule):
         autoencoder_bits: int = 8,
         hqs_thresholds: tuple[float, float, float] = DEFAULT_THRESHOLDS,
         closed_form_start: bool = True,
+        restore_student: bool = True,
         held_out: float = 0.1,
         calibration_images: int = 128,
         pre_processor: PreProcessor | bool = True,
@@ -324,6 +329,7 @@ class Raad(AnomalibModule):
     # ----------------------------------------------------------------------------------------------------- stage 2
 
     def _quantize(self) -> None:
+        before = deepcopy(self.model)
         with self._evaluating():
             self._scores = quantize_(
                 self.model,
@@ -332,6 +338,10 @@ class Raad(AnomalibModule):
                 self.allocation,
             )
         self._set_teacher_statistics()
+        if self.hparams["restore_student"]:
+            with self._evaluating(), self.trainer.precision_plugin.forward_context():
+                images = list(self._calibration_images("Images for restoring the student"))
+                restore_student_(self.model, before.eval(), images, int(self.run_seed))
         bits = {name: layer.bits for name, layer in quantizable_layers(self.model.teacher).items()}
         logger.info("Raad: bits of teacher and student %s, scores %s", bits, self._scores)
 

@@ -177,6 +177,14 @@ class RaadModel(nn.Module):
         """Teacher features with mean 0 and deviation 1 in each channel on normal images, ``(N, C, h, w)``."""
         return self._normalize(self.teacher_features(image))
 
+    def student_features(self, image: torch.Tensor) -> torch.Tensor:
+        """Both halves of the student's features of images in [0, 1], ``(N, 2 C, h, w)``."""
+        return describe(self.student, self._prepare(image))
+
+    def student_target(self, image: torch.Tensor, size: torch.Size) -> torch.Tensor:
+        """What both halves of the student are to predict: normalised teacher and autoencoder, ``(N, 2 C, h, w)``."""
+        return torch.cat([self.normalized_teacher(image), self.autoencode(image, size)], dim=1)
+
     def autoencode(self, image: torch.Tensor, size: torch.Size) -> torch.Tensor:
         """The autoencoder's prediction of the normalised teacher, resized to the PDNs' output ``size``."""
         # Without antialiasing: anomalib's ONNX export, at an opset below 18, cannot express it.

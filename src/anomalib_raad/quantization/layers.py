@@ -74,12 +74,22 @@ class QuantConv2d(nn.Conv2d):
             return self.weight[channels]
         return fake_quantize(self.weight[channels], self.weight_step[channels], 0, *weight_range(self.bits))
 
+    def quantized_input(self, x: torch.Tensor) -> torch.Tensor:
+        """The values that the convolution sees of its input."""
+        if not self.input_bits:
+            return x
+        return fake_quantize(x, self.input_step, self.input_zero_point, *input_range(self.input_bits))
+
     def forward(self, x: torch.Tensor, channels: slice = _ALL) -> torch.Tensor:
         """Convolve; ``channels`` computes only those output channels."""
-        if self.input_bits:
-            x = fake_quantize(x, self.input_step, self.input_zero_point, *input_range(self.input_bits))
         bias = self.bias[channels] if self.bias is not None else None
-        return self._conv_forward(x, self.quantized_weight(channels), bias)
+        return self._conv_forward(self.quantized_input(x), self.quantized_weight(channels), bias)
+
+    def set_weight_(self, weight: torch.Tensor) -> None:
+        """Replace the weights and, if they are quantized, their steps."""
+        self.weight.copy_(weight)
+        if self.bits:
+            self.weight_step.copy_(search_weight_step(self.weight, self.bits))
 
     def get_extra_state(self) -> dict[str, int]:
         """Bit-widths for the state dict."""

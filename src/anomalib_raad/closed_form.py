@@ -1,0 +1,106 @@
+"""A last layer in closed form: ridge regression of what enters it onto what it is to say.
+
+    W = argmin  sum || y - W [phi, 1] ||^2 + ridge * ||W||^2
+
+``phi`` are the patches that the convolution sees at sampled positions of normal images, ``y`` are the targets there.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import cast
+
+import torch
+from torch.nn import functional as F  # noqa: N812
+
+from .quantization.layers import QuantConv2d, quantizable_layers
+from .torch_model import RaadModel
+
+_RIDGE = 1e-3  # times the mean of the diagonal of the Gram matrix
+_SAMPLES = 48_000  # positions in all; a last layer of PDN-S has 4,097 unknowns a channel
+
+
+def solve_student_(model: RaadModel, images: Sequence[torch.Tensor], seed: int) -> None:
+    """Solve the student's last layer for teacher (first half) and autoencoder (second half), in place.
+
+    Args:
+        model: Model in evaluation mode whose teacher statistics are set.
+        images: Normal images, each of shape ``(1, 3, H, W)`` in [0, 1].
+        seed: Seed of the positions that are sampled.
+    """
+    _solve(model, images, lambda image, output: model.student_target(image, output.shape[-2:]), seed)
+
+
+def restore_student_(model: RaadModel, before: RaadModel, images: Sequence[torch.Tensor], seed: int) -> None:
+    """Solve the student's last layer so that its discrepancies are what they were before quantization, in place.
+
+        S_q(I) = S(I) + T_q(I) - T(I),   and the second half likewise with the autoencoder in the teacher's place.
+
+    The quantization errors of the inner layers are part of ``phi``, so the solution avoids the directions in which they
+    are large. What training has taught the student stays.
+
+    Args:
+        model: Quantized model in evaluation mode whose teacher statistics are set.
+        before: The model before quantization.
+        images: Normal images, each of shape ``(1, 3, H, W)`` in [0, 1].
+        seed: Seed of the positions that are sampled.
+    """
+
+    def target(image: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+        size = output.shape[-2:]
+        discrepancy = before.student_features(image) - before.student_target(image, size)
+        return model.student_target(image, size) + discrepancy
+
+    _solve(model, images, target, seed)
+
+
+def _solve(
+    model: RaadModel,
+    images: Sequence[torch.Tensor],
+    target: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    seed: int,
+) -> None:
+    *_, last = quantizable_layers(model.student).values()
+    solve_last_layer_(last, model.student_features, images, target, torch.Generator().manual_seed(seed))
+
+
+@torch.no_grad()
+def solve_last_layer_(
+    layer: QuantConv2d,
+    run: Callable[[torch.Tensor], object],
+    images: Sequence[torch.Tensor],
+    target: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    generator: torch.Generator,
+) -> None:
+    """Set a convolution of stride 1 to the ridge regression of its input onto a target.
+
+    Args:
+        layer: The convolution.
+        run: Runs the network that the layer belongs to on an image.
+        images: Images of shape ``(1, 3, H, W)``.
+        target: From an image and the layer's output ``(1, C, h, w)`` the target of the output's shape.
+        generator: Draws the positions of each image that take part.
+    """
+    samples = math.ceil(_SAMPLES / len(images))
+    seen: list[torch.Tensor] = []
+    hook = layer.register_forward_hook(lambda _, inputs, output: seen.extend([inputs[0], output]))
+    gram = moments = torch.zeros((), dtype=torch.float64, device=layer.weight.device)
+    try:
+        for image in images:
+            seen.clear()
+            run(image)
+            inputs, output = seen
+            patches = F.unfold(
+                layer.quantized_input(inputs).float(), layer.kernel_size, padding=cast("tuple[int, int]", layer.padding)
+            )[0].T
+            chosen = torch.randperm(len(patches), generator=generator)[:samples].to(patches.device)
+            phi = F.pad(patches[chosen], (0, 1), value=1.0)
+            y = target(image, output)[0].flatten(1).T[chosen].float()
+            with torch.autocast(phi.device.type, enabled=False):  # sums of 16-bit products are not precise enough
+                gram, moments = gram + (phi.T @ phi).double(), moments + (phi.T @ y).double()
+    finally:
+        hook.remove()
+    gram.diagonal().add_(_RIDGE * gram.diagonal().mean())
+    solution = torch.cholesky_solve(moments, torch.linalg.cholesky(gram)).T.to(layer.weight)
+    layer.set_weight_(solution[:, :-1].reshape_as(layer.weight))
+    assert layer.bias is not None  # noqa: S101  # every layer of PDN and autoencoder has one
+    layer.bias.copy_(solution[:, -1])

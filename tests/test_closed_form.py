@@ -1,0 +1,73 @@
+from copy import deepcopy
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from anomalib_raad import RaadModel
+from anomalib_raad.closed_form import restore_student_, solve_last_layer_, solve_student_
+from anomalib_raad.quantization.layers import make_quantizable_, quantizable_layers
+from anomalib_raad.quantization.recipe import Allocation, quantize_
+
+
+def test_a_linear_target_is_found() -> None:
+    torch.manual_seed(0)
+    images = list(torch.rand(4, 1, 3, 20, 20))
+    truth, network = nn.Conv2d(3, 5, 3), make_quantizable_(nn.Sequential(nn.Conv2d(3, 5, 3)))
+    with torch.no_grad():
+        solve_last_layer_(network[0], network, images, lambda image, _: truth(image), torch.Generator())
+        for image in images:
+            torch.testing.assert_close(network(image), truth(image), rtol=0, atol=0.01)
+
+
+@pytest.mark.parametrize("padding", [0, 1])
+def test_solution_equals_numpys_ridge_regression(padding: int) -> None:
+    torch.manual_seed(0)
+    images = list(torch.rand(3, 1, 2, 8, 9))
+    layer = make_quantizable_(nn.Sequential(nn.Conv2d(2, 4, 3, padding=padding)))[0]
+    targets = {id(image): torch.randn_like(layer(image)).detach() for image in images}
+    solve_last_layer_(layer, layer, images, lambda image, _: targets[id(image)], torch.Generator())
+
+    rows = [nn.functional.unfold(image, 3, padding=padding)[0].T.numpy() for image in images]
+    phi = np.concatenate(rows).astype(np.float64)
+    phi = np.hstack([phi, np.ones((len(phi), 1))])
+    y = np.concatenate([targets[id(image)][0].flatten(1).T.numpy() for image in images])
+    gram = phi.T @ phi
+    expected = np.linalg.solve(gram + 1e-3 * np.trace(gram) / len(gram) * np.eye(len(gram)), phi.T @ y)
+    actual = np.vstack([layer.weight.detach().flatten(1).T.numpy(), layer.bias.detach().numpy()])
+    np.testing.assert_allclose(actual, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_restoring_mends_what_quantization_did(untrained) -> None:
+    """At 3 bits the maps of normal images grow; afterwards they are close to what they were."""
+    model, images = untrained
+    solve_student_(model, images, seed=0)
+    before = deepcopy(model)
+    quantize_(model, images, images, Allocation(bits=3))
+    model.set_teacher_statistics_(images)
+
+    def mean_map(some: RaadModel) -> float:
+        with torch.no_grad():
+            return float(sum(some.maps(image)[0].mean() for image in images))
+
+    float_map, quantized_map = mean_map(before), mean_map(model)
+    restore_student_(model, before, images, seed=0)
+    assert quantized_map - float_map > 4 * abs(mean_map(model) - float_map)
+    *_, last = quantizable_layers(model.student).values()
+    assert last.bits == 8
+    steps = (last.quantized_weight() / last.weight_step).detach()
+    torch.testing.assert_close(steps, steps.round(), rtol=0, atol=1e-3)
+
+
+def test_restoring_a_model_that_is_not_quantized_keeps_its_discrepancies(untrained) -> None:
+    """Whatever training has left between student and teacher is part of the model."""
+    model, images = untrained
+    solve_student_(model, images, seed=0)
+    with torch.no_grad():  # a trained student says other things than the regression
+        model.student.conv4.bias += 0.5
+        before = deepcopy(model)
+        expected = [before.maps(image)[0].mean() for image in images]
+        restore_student_(model, before, images, seed=0)
+        for image, value in zip(images, expected, strict=True):
+            torch.testing.assert_close(model.maps(image)[0].mean(), value, rtol=0.1, atol=0)

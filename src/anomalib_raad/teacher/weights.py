@@ -11,7 +11,7 @@ from anomalib.utils.path import get_pretrained_weights_dir
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-BUNDLED_SHA256 = "0279992483b5fdf51cc1e147a5b97534ea478ebd0a65187a5261330cce4fc07c"
+BUNDLED_SHA256 = "55ad1e38c2ed814eff6bb6fe5bc051c6e3adead135d602908c97d6f14501d69a"
 _BUNDLED = "teacher_small.safetensors"
 
 

@@ -92,8 +92,9 @@ def _test(module: Any, datamodule: Any) -> dict[str, float]:  # noqa: ANN401
         batch.image = module.pre_processor.transform(batch.image)
         if batch.gt_mask is not None:
             batch.gt_mask = module.pre_processor.transform(batch.gt_mask)
+        predicted = module.validation_step(batch)
         for metric in metrics:
-            metric.update(module.validation_step(batch))
+            metric.update(predicted)
     return {str(metric.name): float(metric.compute()) for metric in metrics if metric.update_called}
 
 

@@ -28,6 +28,7 @@ from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.callbacks import Callback
 
 from anomalib_raad import Raad
+from anomalib_raad.initialization import AUTOENCODER_STEPS
 
 RESULTS = Path("results/learning_curve")
 
@@ -123,19 +124,20 @@ def measure(
     results.mkdir(parents=True, exist_ok=True)
     data.setup()
     data.test_data = data.test_data.subsample(range(0, len(data.test_data), every))
+    last = max(AUTOENCODER_STEPS, steps[-1])  # a shorter stage would shorten the start, too
     for seed in seeds:
         path = results / f"{data.name}-{getattr(data, 'category', '')}-{name}-{seed}.json".replace("--", "-")
         if path.exists():
             continue
         seed_everything(seed)
         curve, module = LearningCurve(steps), model()
-        if isinstance(module, Raad):  # the fit ends before the only step of stage 3
-            module.hparams.update(train_steps=steps[-1], finetune_steps=1)
+        if isinstance(module, Raad):  # the fit ends before stage 3
+            module.hparams.update(train_steps=last, finetune_steps=1)
         elif not isinstance(module, EfficientAd):
             msg = f"the model is {type(module).__name__}; learning curves are for Raad and EfficientAd"
             raise TypeError(msg)
         engine = Engine(
-            max_steps=steps[-1] + 1,
+            max_steps=last + 1,
             precision=precision,
             callbacks=[curve, ModelCheckpoint(save_top_k=0)],  # without one, anomalib adds one that saves
             limit_val_batches=0,

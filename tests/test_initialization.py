@@ -22,14 +22,14 @@ def test_losses_start_lower_and_inner_layers_stay(untrained) -> None:
 
 def test_autoencoder_learns_the_same_in_autocast(untrained) -> None:
     model, images = untrained
-    start = {name: parameter.clone() for name, parameter in model.ae.state_dict().items() if name.endswith("weight")}
+    start = {name: parameter.detach().clone() for name, parameter in model.ae.named_parameters()}
     moved = []
     for bfloat16 in (False, True):
         model.ae.load_state_dict(start, strict=False)
         with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
             train_autoencoder_(model, images, seed=0, steps=6)
-        moved.append(torch.cat([(p - start[n]).flatten() for n, p in model.ae.named_parameters() if n in start]))
-    assert torch.cosine_similarity(*moved, dim=0) > 0.98
+        moved.append(torch.cat([(p - start[n]).flatten() for n, p in model.ae.named_parameters()]))
+    assert torch.cosine_similarity(*moved, dim=0) > 0.9
 
 
 def test_training_the_autoencoder_leaves_the_random_numbers_alone(untrained) -> None:

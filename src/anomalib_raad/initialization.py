@@ -15,7 +15,7 @@ from .losses import squared_difference
 from .torch_model import RaadModel
 
 AUTOENCODER_STEPS = 100
-"""Steps of the autoencoder alone, chosen on cookies and ELPV mono, see docs/measurements.md."""
+"""Steps of the autoencoder alone, chosen on cookies and ELPV mono, see docs/training.md."""
 
 _AE_BATCH, _AE_LR, _AE_WARM_UP = 8, 1e-3, 50
 _AE_CELLS = 64  # the autoencoder's output has no more cells a side, so neither need its target
@@ -26,7 +26,7 @@ def start_in_closed_form_(
     model: RaadModel,
     images: Sequence[torch.Tensor],
     seed: int,
-    autoencoder_steps: int = AUTOENCODER_STEPS,
+    autoencoder_steps: int,
 ) -> None:
     """Train the autoencoder for a moment and solve the student's last layer, in place.
 

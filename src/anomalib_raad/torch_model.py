@@ -26,7 +26,7 @@ PDN_CLASSES = {
 }
 MIN_IMAGE_SIZE, MAX_IMAGE_SIZE = 64, 1024
 _AE_SIZE = (256, 256)  # the image size for which the autoencoder's bottleneck is one vector of 64 values
-_LOST_CELLS = 4  # cells a PDN without padding loses on each side of its output
+LOST_CELLS = 4  # cells a PDN without padding loses on each side of its output
 _ALL = slice(None)
 
 
@@ -138,8 +138,8 @@ class RaadModel(nn.Module):
         image = self._prepare(image)
         augmented = self._prepare(augment(image))
         with torch.no_grad():
-            known = self.teacher_features(image) if teacher_features is None else teacher_features
-            target, augmented_target = self._normalize(known), self.normalized_teacher(augmented)
+            known = describe(self.teacher, image) if teacher_features is None else teacher_features
+            target, augmented_target = (self._normalize(x) for x in (known, describe(self.teacher, augmented)))
 
         student = describe(self.student, augmented, to_autoencoder)
         autoencoder = self.autoencode(augmented, student.shape[-2:])
@@ -163,7 +163,7 @@ class RaadModel(nn.Module):
         student = describe(self.student, image)
         to_teacher, to_autoencoder = student[:, : self.out_channels], student[:, self.out_channels :]
         differences = (
-            squared_difference(self.normalized_teacher(image), to_teacher),
+            squared_difference(self._normalize(describe(self.teacher, image)), to_teacher),
             squared_difference(self.autoencode(image, student.shape[-2:]), to_autoencoder),
         )
         map_st, map_ae = (self._resize(d.mean(dim=1, keepdim=True), size) for d in differences)
@@ -223,7 +223,7 @@ class RaadModel(nn.Module):
 
     def _resize(self, anomaly_map: torch.Tensor, size: torch.Size) -> torch.Tensor:
         if not self.padding:
-            anomaly_map = F.pad(anomaly_map, [_LOST_CELLS] * 4)
+            anomaly_map = F.pad(anomaly_map, [LOST_CELLS] * 4)
         return F.interpolate(anomaly_map, size=size, mode="bilinear", align_corners=False)
 
 

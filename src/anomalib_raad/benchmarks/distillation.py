@@ -5,23 +5,23 @@ one position of the teacher's output with its target.
 """
 
 import json
-import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
 from anomalib.models.image.efficient_ad.torch_model import SmallPatchDescriptionNetwork
 from jsonargparse import auto_cli
 from torch.nn import functional as F  # noqa: N812
-from tqdm import trange
 
-from anomalib_raad.teacher.distillation import Distillation, PhotoFolder
+from anomalib_raad.teacher.distillation import TEACHER_SIZE, Distillation, PhotoFolder
 from anomalib_raad.teacher.features import OFFLINE_BACKBONE, PatchFeatures
+from anomalib_raad.torch_model import LOST_CELLS
+
+from .timing import median_seconds
 
 _LAYERS = (1, 2, 3)
-_BORDER = 4  # output cells that a teacher without padding loses on each side
 
 
 def main(root: Path, steps: int = 5, output: Path | None = None) -> None:
@@ -34,13 +34,9 @@ def main(root: Path, steps: int = 5, output: Path | None = None) -> None:
     """
     torch.manual_seed(0)
     loops = {"whole images, fp32": _straightforward(root), "crops, bf16": _ours(root)}
-    seconds: dict[str, list[float]] = {name: [] for name in loops}
-    for _ in trange(steps + 1):
-        for name, loop in loops.items():
-            start = time.perf_counter()
-            patches = next(loop)
-            seconds[name].append((time.perf_counter() - start) / patches)
-    rates = {name: 1 / median(times[1:]) for name, times in seconds.items()}
+    patches = [next(loop) for loop in loops.values()]
+    seconds = median_seconds([partial(next, loop) for loop in loops.values()], steps)
+    rates = {name: number / time for name, number, time in zip(loops, patches, seconds, strict=True)}
     straightforward, ours = rates.values()
     result = json.dumps({"patches_per_second": rates, "ratio": ours / straightforward}, indent=1)
     print(result)  # noqa: T201
@@ -60,8 +56,8 @@ def _straightforward(root: Path) -> Iterator[int]:
     features, teacher = PatchFeatures(OFFLINE_BACKBONE, _LAYERS), SmallPatchDescriptionNetwork(384)
     optimizer = torch.optim.Adam(teacher.parameters(), lr=1e-4, weight_decay=1e-5)
     for photos in _photos(root, batch_size=16, min_area=1.0):
-        target = features(photos)[:, :, _BORDER:-_BORDER, _BORDER:-_BORDER]
-        predicted = teacher(F.interpolate(photos, size=(256, 256), mode="bilinear", antialias=True))
+        target = features(photos)[:, :, LOST_CELLS:-LOST_CELLS, LOST_CELLS:-LOST_CELLS]
+        predicted = teacher(F.interpolate(photos, size=(TEACHER_SIZE, TEACHER_SIZE), mode="bilinear", antialias=True))
         optimizer.zero_grad()
         F.mse_loss(predicted, target).backward()
         optimizer.step()
@@ -81,7 +77,7 @@ def _ours(root: Path) -> Iterator[int]:
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        yield 16 * (128 // 4 - 2 * _BORDER) ** 2
+        yield 16 * (128 // 4 - 2 * LOST_CELLS) ** 2
 
 
 if __name__ == "__main__":

@@ -124,9 +124,10 @@ def measure(
     results.mkdir(parents=True, exist_ok=True)
     data.setup()
     data.test_data = data.test_data.subsample(range(0, len(data.test_data), every))
+    dataset = "-".join(filter(None, [data.name, getattr(data, "category", "")]))
     last = max(AUTOENCODER_STEPS, steps[-1])  # a shorter stage would shorten the start, too
     for seed in seeds:
-        path = results / f"{data.name}-{getattr(data, 'category', '')}-{name}-{seed}.json".replace("--", "-")
+        path = results / f"{dataset}-{name}-{seed}.json"
         if path.exists():
             continue
         seed_everything(seed)
@@ -146,9 +147,7 @@ def measure(
             default_root_dir=results / "runs",
         )
         engine.fit(module, datamodule=data)
-        path.write_text(
-            json.dumps({"data": path.stem.split(f"-{name}")[0], "name": name, "seed": seed, "points": curve.points})
-        )
+        path.write_text(json.dumps({"data": dataset, "name": name, "seed": seed, "points": curve.points}))
 
 
 def plot(results: Path = RESULTS) -> None:

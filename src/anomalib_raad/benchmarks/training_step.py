@@ -10,11 +10,9 @@ the seconds. Memory is measured in a process of its own for each variant.
 import json
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from statistics import median
 
 import torch
 from anomalib.models.image.efficient_ad.torch_model import EfficientAdModel
@@ -23,10 +21,11 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
-from tqdm import trange
 
 from anomalib_raad import RaadModel
 from anomalib_raad.quantization.recipe import Allocation, quantize_
+
+from .timing import median_seconds
 
 _SIZE = (256, 256)
 
@@ -78,20 +77,16 @@ def main(steps: int = 7, output: Path | None = None, memory_of: int | None = Non
         print(_peak_megabytes())  # noqa: T201
         return
     loops = [_step(variant) for variant in VARIANTS]
-    seconds: list[list[float]] = [[] for _ in VARIANTS]
-    for _ in trange(steps + 2, desc="Steps of every variant"):
-        for step, times in zip(loops, seconds, strict=True):
-            start = time.perf_counter()
-            step()
-            times.append(time.perf_counter() - start)
+    median_seconds(loops, rounds=2)  # to warm up
+    seconds = median_seconds(loops, steps)
     rows = [
         {
             **asdict(variant),
-            "seconds": median(times[2:]),
+            "seconds": time,
             "multiply_adds": _multiply_adds(step),
             "megabytes": _megabytes(number),
         }
-        for number, (variant, step, times) in enumerate(zip(VARIANTS, loops, seconds, strict=True))
+        for number, (variant, step, time) in enumerate(zip(VARIANTS, loops, seconds, strict=True))
     ]
     _print(rows)
     if output:

@@ -50,10 +50,12 @@ class ResumableBatches(Sampler[list[int]]):
 
     def __iter__(self) -> Iterator[list[int]]:
         """Yield one round's number of batches, which may reach into the next round."""
-        start = self.position()
+        start, current = self.position(), None
         for turn in range(start, start + len(self)):
             round_number, within = divmod(turn * self.world_size + self.rank, self._batches_a_round)
-            yield self._order(round_number)[within * self.batch_size : (within + 1) * self.batch_size]
+            if round_number != current:
+                current, order = round_number, self._order(round_number)
+            yield order[within * self.batch_size : (within + 1) * self.batch_size]
 
     def _order(self, round_number: int) -> list[int]:
         generator = torch.Generator().manual_seed(self.seed + round_number)

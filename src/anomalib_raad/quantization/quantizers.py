@@ -43,9 +43,7 @@ def fake_quantize(
         Tensor of the shape and precision of ``x``. It is rounded in float32: 16-bit floats cannot hold the quotient
         closely enough.
     """
-    if torch.is_grad_enabled() and x.requires_grad:
-        return cast("torch.Tensor", _StraightThrough.apply(x, step, zero_point, low, high))
-    return (((x.float() / step + zero_point).clamp(low, high).round() - zero_point) * step).to(x.dtype)
+    return cast("torch.Tensor", _StraightThrough.apply(x, step, zero_point, low, high))
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -62,7 +60,8 @@ class _StraightThrough(torch.autograd.Function):
     ) -> torch.Tensor:
         position = (x.float() / step).add_(zero_point)
         clipped = position.clamp(low, high)
-        ctx.save_for_backward(clipped == position)
+        if ctx.needs_input_grad[0]:
+            ctx.save_for_backward(clipped == position)
         return clipped.round_().sub_(zero_point).mul_(step).to(x.dtype)
 
     @staticmethod

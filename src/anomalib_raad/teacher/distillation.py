@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
 from anomalib_raad.statistics import channel_mean_std
-from anomalib_raad.torch_model import PDN_CLASSES
+from anomalib_raad.torch_model import LOST_CELLS, PDN_CLASSES
 
 from .features import PatchFeatures
 from .weights import load_teacher_
@@ -34,7 +34,6 @@ logger = logging.getLogger(__name__)
 BACKBONE_SIZE = 512
 TEACHER_SIZE = 256
 _STRIDE = 4  # of the teacher's output
-_BORDER = 4  # output cells a network without padding loses on each side
 _MAX_UNREADABLE = 20
 
 
@@ -180,7 +179,7 @@ class Distillation(LightningModule):
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
-        if crop_size % _STRIDE or not _STRIDE * (2 * _BORDER + 1) <= crop_size <= TEACHER_SIZE:
+        if crop_size % _STRIDE or not _STRIDE * (2 * LOST_CELLS + 1) <= crop_size <= TEACHER_SIZE:
             msg = f"crop_size is {crop_size}; a multiple of 4 from 36 to {TEACHER_SIZE} pixels is needed"
             raise ValueError(msg)
         features = PatchFeatures(backbone, layers, out_channels, backbone_weights)
@@ -230,13 +229,13 @@ class Distillation(LightningModule):
         y, x = top * _STRIDE, left * _STRIDE
         side = cells * _STRIDE
         window = features[:, top : top + cells, left : left + cells]
-        return image[:, y : y + side, x : x + side], window[:, _BORDER:-_BORDER, _BORDER:-_BORDER]
+        return image[:, y : y + side, x : x + side], window[:, LOST_CELLS:-LOST_CELLS, LOST_CELLS:-LOST_CELLS]
 
     def validation_step(self, photos: torch.Tensor, batch_idx: int) -> None:
         """Measure the loss on whole held-out photos, and each channel's variance and error."""
         del batch_idx
         images = F.interpolate(photos, size=(TEACHER_SIZE, TEACHER_SIZE), mode="bilinear", antialias=True)
-        target = self._normalized_features(photos)[:, :, _BORDER:-_BORDER, _BORDER:-_BORDER]
+        target = self._normalized_features(photos)[:, :, LOST_CELLS:-LOST_CELLS, LOST_CELLS:-LOST_CELLS]
         output = self.teacher(images.contiguous(memory_format=torch.channels_last)).float()
         self.log("val_loss", F.mse_loss(output, target), prog_bar=True)
         self._errors += (output - target).square().sum((0, 2, 3))

@@ -61,6 +61,7 @@ def small_raad():
 
     def make(**options) -> Raad:
         options.setdefault("pre_processor", Raad.configure_pre_processor(SMALL))
+        options.setdefault("reconstruction_iterations", 2)
         return Raad(visualizer=False, **options)
 
     return make

@@ -11,11 +11,15 @@ from anomalib.models import Raad
 from lightning.pytorch import seed_everything
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from PIL import Image
+from torch import nn
 from torchvision.transforms.v2 import Compose, Normalize, Resize
 
+from anomalib_raad import RaadModel
 from anomalib_raad.quantization.layers import quantizable_layers
+from anomalib_raad.teacher.weights import load_teacher_
 
 STEPS = 9  # 5 of stage 1, 4 of stage 3; an epoch over 4 kept images ends within each stage
+OPTIONS = {"bits": {"conv2": 4}, "reconstruction_iterations": 2}
 
 
 class SaveEveryStep(ModelCheckpoint):
@@ -36,7 +40,7 @@ class StopAfter(Callback):
             trainer.should_stop = True
 
 
-def weights(model: Raad) -> dict[str, torch.Tensor]:
+def weights(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name: value.clone() for name, value in model.state_dict().items() if isinstance(value, torch.Tensor)}
 
 
@@ -49,7 +53,7 @@ def uninterrupted(cells, tmp_path_factory):
         name="cells", root=cells, normal_dir="train", normal_test_dir="good", abnormal_dir="bad",
         train_batch_size=1, eval_batch_size=2, num_workers=0, val_split_mode="same_as_test", seed=0,
     )  # fmt: skip
-    model = Raad(pre_processor=Raad.configure_pre_processor((64, 64)), visualizer=False)
+    model = Raad(pre_processor=Raad.configure_pre_processor((64, 64)), visualizer=False, **OPTIONS)
     engine = Engine(
         max_steps=STEPS,
         default_root_dir=folder,
@@ -76,10 +80,13 @@ def test_all_stages_in_one_fit(uninterrupted) -> None:
     bits = {layer["layer"]: layer["bits"] for layer in report["layers"]}
     assert len(bits) == 22
     assert bits["teacher.conv1"] == bits["student.conv4"] == bits["autoencoder.decoder.deconv8"] == 8
-    assert bits["teacher.conv2"] == bits["student.conv2"]
+    assert bits["teacher.conv2"] == bits["student.conv2"] == 4
     assert bits["teacher.conv3"] == bits["student.conv3"]
     assert all(0 < layer["score"] < 1 for layer in report["layers"] if not layer["layer"].startswith("autoencoder"))
-    assert 2 < report["average_bits"] <= 8
+    assert 2 < report["average_bits"] < 8
+    blocks = {tuple(block["layers"]): block for block in report["reconstruction"]}
+    assert list(blocks) == [("teacher.conv2", "teacher.conv3"), ("student.conv2", "student.conv3")]
+    assert all(0 < block["learned"] <= block["nearest"] for block in blocks.values())
     assert model.model.quantized
 
 
@@ -110,7 +117,7 @@ def test_resume_equals_the_uninterrupted_run(uninterrupted, cell_data, small_raa
     """In the middle of an epoch (2, 7), at the end of one (4), and just before quantization (5)."""
     folder, model = uninterrupted
     seed_everything(1000 + step)  # another process has other random numbers
-    resumed = small_raad()
+    resumed = small_raad(**OPTIONS)
     engine(max_steps=STEPS, logger=False).fit(resumed, datamodule=cell_data(), ckpt_path=folder / f"steps/{step}.ckpt")
     assert_equal_weights(resumed, model)
 
@@ -118,7 +125,7 @@ def test_resume_equals_the_uninterrupted_run(uninterrupted, cell_data, small_raa
 @pytest.mark.parametrize("name", ["trained", "quantized"])
 def test_resume_from_the_stage_checkpoints(cell_data, small_raad, engine, uninterrupted, name: str) -> None:
     folder, model = uninterrupted
-    resumed = small_raad()
+    resumed = small_raad(**OPTIONS)
     path = next(folder.rglob(f"{name}.ckpt"))
     engine(max_steps=STEPS, logger=False).fit(resumed, datamodule=cell_data(), ckpt_path=path)
     assert_equal_weights(resumed, model)
@@ -132,12 +139,15 @@ def assert_equal_weights(actual: Raad, expected: Raad) -> None:
 
 
 def test_teacher_is_never_trained(uninterrupted) -> None:
-    trained, fresh = uninterrupted[1].model.teacher, Raad(visualizer=False)
-    from anomalib_raad.teacher.weights import load_teacher_
+    folder, model = uninterrupted
 
-    load_teacher_(fresh.model.teacher, "bundled", "small")
-    for ours, bundled in zip(trained.parameters(), fresh.model.teacher.parameters(), strict=True):
-        assert torch.equal(ours, bundled)
+    def teacher(name: str) -> dict[str, torch.Tensor]:
+        return weights(Raad.load_from_checkpoint(next(folder.rglob(f"{name}.ckpt"))).model.teacher)
+
+    bundled = RaadModel().teacher
+    load_teacher_(bundled, "bundled", "small")
+    for ours, theirs in ((teacher("trained"), weights(bundled)), (weights(model.model.teacher), teacher("quantized"))):
+        assert all(torch.equal(ours[name], value) for name, value in theirs.items())
 
 
 def test_one_epoch_over_five_images_with_batch_size_two(cell_data, small_raad, engine) -> None:

@@ -1,11 +1,12 @@
 import pytest
 import torch
 from anomalib.models.image.efficient_ad.torch_model import EfficientAdModel, EfficientAdModelSize
+from torch import nn
 
 from anomalib_raad import RaadModel
 from anomalib_raad.quantization.layers import quantizable_layers
 from anomalib_raad.quantization.recipe import Allocation, quantize_
-from anomalib_raad.torch_model import augment
+from anomalib_raad.torch_model import ImageConv2d, augment
 
 pytestmark = pytest.mark.usefixtures("_seed")
 
@@ -127,6 +128,27 @@ def test_any_size(size: tuple[int, int], padding: bool) -> None:
     assert predictions.anomaly_map.shape == (2, 1, *size)
     assert predictions.pred_score.shape == (2, 1)
     assert torch.equal(predictions.pred_score, predictions.anomaly_map.amax(dim=(-2, -1)))
+
+
+@pytest.mark.parametrize("padding", [0, 1])
+def test_quantizing_a_first_layer_folds_the_normalisation_into_it(padding: int) -> None:
+    torch.manual_seed(0)
+    layer = ImageConv2d.from_conv(nn.Conv2d(3, 5, 4, padding=padding))
+    images = torch.randint(256, (2, 3, 9, 9)) / 255
+    with torch.no_grad():
+        expected = layer(images)
+        layer.quantize_(8)
+        grey = torch.tensor([124, 116, 104]).view(1, 3, 1, 1) / 255
+        padded = grey.expand(2, 3, 9 + 2 * padding, 9 + 2 * padding).clone()
+        padded[..., padding : padding + 9, padding : padding + 9] = images
+        folded = nn.functional.conv2d(padded, layer.weight, layer.bias)
+        # The grey is ImageNet's mean up to half a step of 8 bits.
+        torch.testing.assert_close(folded, expected, rtol=0, atol=0.05 if padding else 1e-5)
+        quantized = nn.functional.conv2d(padded, layer.quantized_weight(), layer.bias)
+        torch.testing.assert_close(layer(images), quantized, rtol=0, atol=1e-5)
+        torch.testing.assert_close(layer(images + 0.4 / 255), quantized, rtol=0, atol=1e-5)
+    with pytest.raises(ValueError, match="quantized already"):
+        layer.quantize_(8)
 
 
 @pytest.mark.parametrize("size", ["small", "medium"])

@@ -28,7 +28,8 @@ from .data.penalty import PenaltyImages
 from .data.training import NormalImages
 from .initialization import AUTOENCODER_STEPS, start_in_closed_form_
 from .quantization.layers import quantizable_layers
-from .quantization.recipe import DEFAULT_THRESHOLDS, Allocation, model_bytes, quantize_
+from .quantization.recipe import DEFAULT_THRESHOLDS, Allocation, Outcome, model_bytes, quantize_
+from .quantization.reconstruction import Reconstruction
 from .stages import Schedule, Stage
 from .teacher.cache import FeatureCache
 from .teacher.weights import load_teacher_
@@ -53,8 +54,9 @@ class Raad(AnomalibModule):
         teacher: ``bundled``, ``efficientad`` (anomalib's official weights, downloaded) or the path of a weights file.
         model_size: ``small`` or ``medium``.
         padding: Zero-pad the convolutions of teacher and student.
-        lr: Learning rate of stage 1. The default, the paper's, keeps what the closed-form start found; from a random
-            start, 1e-4 gets further in few steps.
+        lr: Learning rate of stage 1. The closed-form start lies in a narrow valley, and the default keeps to it; ten
+            steps at the paper's 1e-5 multiply the student's error by 20. From a random start, 1e-4 gets further in few
+            steps.
         lr_decay: The last share of either stage runs at a tenth of its learning rate (EfficientAD: 0.05); 0 for
             constant rates.
         finetune_lr: Learning rate of stage 3 (paper: 1e-5, for 60,000 steps; in short runs that undoes more than it
@@ -74,6 +76,9 @@ class Raad(AnomalibModule):
         first_last_bits: Bits of the first and last layer of teacher and student.
         autoencoder_bits: Bits of the autoencoder.
         hqs_thresholds: Limits of phi: scores below the first get 2 bits, then 3, 4, and from the last on 8.
+        reconstruction_iterations: Optimizer steps in which a block of teacher or student learns its rounding (BRECQ);
+            0 rounds to the nearest grid point. Blocks of 8 bits are always rounded to the nearest.
+        fisher: Weigh the channels of a block's output by their Fisher information, Eq. 3; otherwise all alike.
         closed_form_start: Start with a hundred steps of the autoencoder alone and the student's last layer solved by
             ridge regression onto what it is to learn, instead of at random: few steps are then enough.
         restore_student: Solve the student's last layer after quantization, so that its differences from teacher and
@@ -104,7 +109,7 @@ class Raad(AnomalibModule):
         teacher: str | Path = "bundled",
         model_size: str = "small",
         padding: bool = False,
-        lr: float = 1e-5,
+        lr: float = 1e-6,
         lr_decay: float = 0.2,
         finetune_lr: float = 1e-6,
         weight_decay: float = 1e-5,
@@ -120,6 +125,8 @@ class Raad(AnomalibModule):
         first_last_bits: int = 8,
         autoencoder_bits: int = 8,
         hqs_thresholds: tuple[float, float, float] = DEFAULT_THRESHOLDS,
+        reconstruction_iterations: int = 300,
+        fisher: bool = True,
         closed_form_start: bool = True,
         restore_student: bool = True,
         held_out: float = 0.1,
@@ -145,9 +152,10 @@ class Raad(AnomalibModule):
         self.model = RaadModel(model_size=model_size, padding=padding, p_hard=p_hard)
         self.allocation = Allocation(bits, first_last_bits, autoencoder_bits, hqs_thresholds)
         self.allocation.check_names(list(quantizable_layers(self.model.teacher)))
+        self.reconstruction = Reconstruction(reconstruction_iterations, fisher=fisher)
         self.lambdas = {"st": lambda_st, "stae": lambda_stae, "ae": lambda_ae, "penalty": 1.0}
         self.schedule = Schedule(train_steps, finetune_steps)
-        self._scores: dict[str, float] = {}
+        self._outcome = Outcome({}, [])
         self._stages: dict[str, dict[str, Any]] = {}
         self._penalty: PenaltyImages | None = None
         self._teacher_features = FeatureCache(self.model.teacher_features)
@@ -330,12 +338,14 @@ class Raad(AnomalibModule):
 
     def _quantize(self) -> None:
         before = deepcopy(self.model)
-        with self._evaluating():
-            self._scores = quantize_(
+        with self._evaluating(), self.trainer.precision_plugin.forward_context():
+            self._outcome = quantize_(
                 self.model,
                 self._held_out_images("Hierarchical quantization scoring"),
                 self._calibration_images("Quantizer calibration"),
                 self.allocation,
+                self.reconstruction,
+                int(self.run_seed),
             )
         self._set_teacher_statistics()
         if self.hparams["restore_student"]:
@@ -343,7 +353,7 @@ class Raad(AnomalibModule):
                 images = list(self._calibration_images("Images for restoring the student"))
                 restore_student_(self.model, before.eval(), images, int(self.run_seed))
         bits = {name: layer.bits for name, layer in quantizable_layers(self.model.teacher).items()}
-        logger.info("Raad: bits of teacher and student %s, scores %s", bits, self._scores)
+        logger.info("Raad: bits of teacher and student %s, scores %s", bits, self._outcome.scores)
 
     def _end_stage(self, name: str, step: int) -> None:
         """Normalise the maps for the model as it is now, note how it does on held-out normals, save it."""
@@ -379,7 +389,7 @@ class Raad(AnomalibModule):
                 "bits": layer.bits,
                 "input_bits": layer.input_bits,
                 "weights": layer.weight.numel(),
-                "score": self._scores.get(name) if network != "autoencoder" else None,
+                "score": self._outcome.scores.get(name) if network != "autoencoder" else None,
             }
             for network, module in networks.items()
             for name, layer in quantizable_layers(module).items()
@@ -388,6 +398,7 @@ class Raad(AnomalibModule):
         report = {
             "average_bits": sum(layer["bits"] * layer["weights"] for layer in layers) / weights,
             "layers": layers,
+            "reconstruction": [report._asdict() for report in self._outcome.blocks],
             "stages": list(self._stages.values()),
         }
         path = Path(self.trainer.default_root_dir) / "quantization.json"
@@ -402,7 +413,7 @@ class Raad(AnomalibModule):
         if self.trainer.is_global_zero:
             change()
         if self.trainer.world_size > 1:
-            state, self._scores = self.trainer.strategy.broadcast((self.model.state_dict(), self._scores))
+            state, self._outcome = self.trainer.strategy.broadcast((self.model.state_dict(), self._outcome))
             self.model.load_state_dict(state)
 
     @contextmanager
@@ -448,7 +459,7 @@ class Raad(AnomalibModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Save the report's numbers with the model."""
         super().on_save_checkpoint(checkpoint)
-        checkpoint["raad"] = {"scores": self._scores, "stages": self._stages}
+        checkpoint["raad"] = {"outcome": self._outcome.state(), "stages": self._stages}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restore the report's numbers."""
@@ -456,7 +467,8 @@ class Raad(AnomalibModule):
         if "raad" not in checkpoint:
             msg = "this is not a checkpoint of Raad; it holds a model of another class"
             raise ValueError(msg)
-        self._scores, self._stages = checkpoint["raad"]["scores"], checkpoint["raad"]["stages"]
+        self._outcome = Outcome.from_state(checkpoint["raad"]["outcome"])
+        self._stages = checkpoint["raad"]["stages"]
 
     @classmethod
     def configure_pre_processor(cls, image_size: tuple[int, int] | None = None) -> PreProcessor:

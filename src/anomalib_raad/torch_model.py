@@ -1,7 +1,8 @@
 """The networks of RAAD and what is computed from them: loss terms, anomaly maps, scores. No Lightning."""
 
+from collections import OrderedDict
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from anomalib.data import InferenceBatch
@@ -17,7 +18,7 @@ from torch.nn import functional as F  # noqa: N812
 from torchvision.transforms.v2 import functional as TF  # noqa: N812
 
 from .losses import hard_feature_loss, squared_difference
-from .quantization.layers import make_quantizable_, quantizable_layers
+from .quantization.layers import QuantConv2d, make_quantizable_, quantizable_layers
 from .statistics import channel_mean_std
 
 PDN_CLASSES = {
@@ -26,6 +27,7 @@ PDN_CLASSES = {
 }
 MIN_IMAGE_SIZE, MAX_IMAGE_SIZE = 64, 1024
 _AE_SIZE = (256, 256)  # the image size for which the autoencoder's bottleneck is one vector of 64 values
+_GREY = torch.tensor([124, 116, 104]).view(1, 3, 1, 1) / 255  # ImageNet's mean, rounded to 8 bits
 LOST_CELLS = 4  # cells a PDN without padding loses on each side of its output
 _ALL = slice(None)
 
@@ -84,6 +86,9 @@ class RaadModel(nn.Module):
         self.teacher = make_quantizable_(pdn(out_channels, padding)).requires_grad_(requires_grad=False).eval()
         self.student = make_quantizable_(pdn(2 * out_channels, padding))
         self.ae = make_quantizable_(AutoEncoder(out_channels, padding))
+        for network in (self.teacher, self.student, self.ae):
+            name, first = next(iter(quantizable_layers(network).items()))
+            network.set_submodule(name, ImageConv2d.from_conv(first))
         self.out_channels = out_channels
         self.padding = padding
         self.p_hard = p_hard
@@ -135,8 +140,8 @@ class RaadModel(nn.Module):
     ) -> Losses:
         """The terms of Eq. 6 for a batch of images in [0, 1], shape ``(N, 3, H, W)``; see :meth:`forward`."""
         to_teacher, to_autoencoder = slice(None, self.out_channels), slice(self.out_channels, None)
-        image = self._prepare(image)
-        augmented = self._prepare(augment(image))
+        image = _channels_last(image)
+        augmented = _channels_last(augment(image))
         with torch.no_grad():
             known = describe(self.teacher, image) if teacher_features is None else teacher_features
             target, augmented_target = (self._normalize(x) for x in (known, describe(self.teacher, augmented)))
@@ -145,7 +150,7 @@ class RaadModel(nn.Module):
         autoencoder = self.autoencode(augmented, student.shape[-2:])
         penalty = None
         if penalty_image is not None:
-            penalty = describe(self.student, self._prepare(penalty_image), to_teacher).float().square().mean()
+            penalty = describe(self.student, _channels_last(penalty_image), to_teacher).float().square().mean()
         return Losses(
             st=hard_feature_loss(target, describe(self.student, image, to_teacher), self.p_hard),
             stae=squared_difference(autoencoder, student).mean(),
@@ -159,7 +164,7 @@ class RaadModel(nn.Module):
         ``M = mean_c D``, resized bilinearly to the image.
         """
         size = image.shape[-2:]
-        image = self._prepare(image)
+        image = _channels_last(image)
         student = describe(self.student, image)
         to_teacher, to_autoencoder = student[:, : self.out_channels], student[:, self.out_channels :]
         differences = (
@@ -171,7 +176,7 @@ class RaadModel(nn.Module):
 
     def teacher_features(self, image: torch.Tensor) -> torch.Tensor:
         """Teacher features of images in [0, 1], ``(N, C, h, w)``."""
-        return describe(self.teacher, self._prepare(image))
+        return describe(self.teacher, _channels_last(image))
 
     def normalized_teacher(self, image: torch.Tensor) -> torch.Tensor:
         """Teacher features with mean 0 and deviation 1 in each channel on normal images, ``(N, C, h, w)``."""
@@ -179,7 +184,7 @@ class RaadModel(nn.Module):
 
     def student_features(self, image: torch.Tensor) -> torch.Tensor:
         """Both halves of the student's features of images in [0, 1], ``(N, 2 C, h, w)``."""
-        return describe(self.student, self._prepare(image))
+        return describe(self.student, _channels_last(image))
 
     def student_target(self, image: torch.Tensor, size: torch.Size) -> torch.Tensor:
         """What both halves of the student are to predict: normalised teacher and autoencoder, ``(N, 2 C, h, w)``."""
@@ -189,7 +194,9 @@ class RaadModel(nn.Module):
         """The autoencoder's prediction of the normalised teacher, resized to the PDNs' output ``size``."""
         # Without antialiasing: anomalib's ONNX export, at an opset below 18, cannot express it.
         seen = F.interpolate(image, size=_AE_SIZE, mode="bilinear", align_corners=False)
-        return F.interpolate(self.ae(self._prepare(seen), _AE_SIZE), size=size, mode="bilinear", align_corners=False)
+        encoder, decoder = self.ae.get_submodule("encoder"), self.ae.get_submodule("decoder")
+        output = decoder(encoder(_channels_last(seen)), _AE_SIZE)
+        return F.interpolate(output, size=size, mode="bilinear", align_corners=False)
 
     def aligned_features(self, image: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Features of teacher and student layer by layer, for Eq. 4; each of shape ``(N, c_l, h_l, w_l)``.
@@ -197,12 +204,16 @@ class RaadModel(nn.Module):
         After the ReLU for the inner layers; for the last one the normalised teacher. Where the student is twice as
         wide, its first half counts, the one that learns the teacher.
         """
-        image = self._prepare(image)
+        image = _channels_last(image)
         teacher: list[torch.Tensor] = []
         student: list[torch.Tensor] = []
         teacher.append(self._normalize(describe(self.teacher, image, taps=teacher)))
         student.append(describe(self.student, image, taps=student))
         return [(t, s[:, : t.shape[1]]) for t, s in zip(teacher, student, strict=True)]
+
+    def blocks(self, network: nn.Module) -> list[nn.Sequential]:
+        """The blocks of teacher or student that are reconstructed together, see :func:`pdn_blocks`."""
+        return pdn_blocks(network)
 
     @torch.no_grad()
     def set_teacher_statistics_(self, images: Iterable[torch.Tensor]) -> None:
@@ -211,12 +222,6 @@ class RaadModel(nn.Module):
         self.teacher_mean.copy_(mean)
         self.teacher_std.copy_(std)
         self.teacher_normalized.fill_(value=True)
-
-    def _prepare(self, image: torch.Tensor) -> torch.Tensor:
-        """Round the image to its 8 bits once the model is quantized: the first layers' input quantizer."""
-        if self.quantized:
-            image = (image * 255).round() / 255
-        return image.contiguous(memory_format=torch.channels_last)
 
     def _normalize(self, features: torch.Tensor) -> torch.Tensor:
         return (features - self.teacher_mean) / self.teacher_std
@@ -248,7 +253,7 @@ def describe(
     pools = [
         pdn.get_submodule(name) for name in ("avgpool1", "avgpool2")
     ]  # after the first two convolutions of either size
-    x = imagenet_norm_batch(image)
+    x = image
     for depth, layer in enumerate(inner):
         x = F.relu(layer(x))
         if taps is not None:
@@ -256,6 +261,63 @@ def describe(
         if depth < len(pools):
             x = pools[depth](x)
     return last(x, channels)
+
+
+def pdn_blocks(pdn: nn.Module) -> list[nn.Sequential]:
+    """The blocks of a patch description network for reconstruction: first layer, inner layers, last layer.
+
+    One after another they are :func:`describe`; the layers in them are the network's own.
+    """
+    (first, conv1), (second, conv2), *others, (last, conv4) = quantizable_layers(pdn).items()
+    pool1, pool2 = pdn.get_submodule("avgpool1"), pdn.get_submodule("avgpool2")
+    inner = {key: module for name, layer in others for key, module in ((name, layer), (f"relu_{name}", nn.ReLU()))}
+    return [
+        nn.Sequential(OrderedDict({first: conv1, "relu": nn.ReLU(), "pool": pool1})),
+        nn.Sequential(OrderedDict({second: conv2, "relu": nn.ReLU(), "pool": pool2, **inner})),
+        nn.Sequential(OrderedDict({last: conv4})),
+    ]
+
+
+class ImageConv2d(QuantConv2d):
+    """A network's first convolution, which takes images in [0, 1] and normalises them as ImageNet's.
+
+    Quantization folds the normalisation into weights and bias, so that the input's grid is the image's own 8 bits. An
+    image that is padded is padded with the grey that normalisation would turn into 0, rounded to 8 bits.
+    """
+
+    def quantize_(self, bits: int, inputs: torch.Tensor | None = None) -> None:
+        """Fold the normalisation, choose the weights' grid; the input's is ``k / 255``, whatever ``inputs`` are."""
+        del inputs
+        if self.bits:
+            msg = "the layer is quantized already; a second time would fold the normalisation twice"
+            raise ValueError(msg)
+        assert self.bias is not None  # noqa: S101  # every layer of PDN and autoencoder has one
+        zero = imagenet_norm_batch(torch.zeros(1, self.in_channels, 1, 1).to(self.weight))  # black: -mean / std
+        slope = imagenet_norm_batch(torch.ones_like(zero)) - zero  # 1 / std
+        self.bias.add_((self.weight * zero).sum((1, 2, 3)))
+        self.weight.mul_(slope)
+        super().quantize_(bits, None)
+        self.input_step.fill_(1 / 255)
+        self.input_bits = 8
+
+    def quantized_input(self, x: torch.Tensor, scale: torch.Tensor | float = 1.0) -> torch.Tensor:
+        """The normalised image; once quantized, the padded image in 8 bits, whose step is not up for learning."""
+        del scale
+        if not self.bits:
+            return imagenet_norm_batch(x)
+        if any(self.padding):
+            height, width = cast("tuple[int, int]", self.padding)
+            grey = _GREY.to(x)
+            x = F.pad(x - grey, (width, width, height, height)) + grey
+        return super().quantized_input(x)
+
+    def convolve(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """The convolution, without its padding once :meth:`quantized_input` has done it."""
+        return F.conv2d(x, weight, bias, self.stride) if self.bits else super().convolve(x, weight, bias)
+
+
+def _channels_last(image: torch.Tensor) -> torch.Tensor:
+    return image.contiguous(memory_format=torch.channels_last)
 
 
 def augment(images: torch.Tensor) -> torch.Tensor:

@@ -90,3 +90,11 @@ def test_input_grid_of_a_constant_zero() -> None:
 def test_check_bits__error(bits: int) -> None:
     with pytest.raises(ValueError, match=f"first_last_bits is {bits}; RAAD quantizes to 2, 3, 4, 8 bits"):
         check_bits("first_last_bits", bits)
+
+
+def test_the_steps_gradient_is_that_of_learned_step_sizes() -> None:
+    """LSQ, Eq. 3: the rounding error in steps for a value inside the grid, the grid's end outside."""
+    step = torch.tensor([[0.5], [2.0]], requires_grad=True)
+    x = torch.tensor([[0.4, -0.1, 9.0], [0.6, -9.0, 3.9]])
+    fake_quantize(x, step, 0, -2, 1).sum().backward()
+    assert step.grad.flatten().tolist() == pytest.approx([(1 - 0.8) + (0 + 0.2) + 1, (0 - 0.3) - 2 + 1])

@@ -56,8 +56,7 @@ class QuantConv2d(nn.Conv2d):
 
         Args:
             bits: Bit-width of the weights and of the input, one of 2, 3, 4, 8.
-            inputs: Sample of the input's values, any shape. ``None`` leaves the input as it is, for a first layer
-                whose input, the image, has 8 bits already.
+            inputs: Sample of the input's values, any shape. ``None`` leaves the input as it is.
         """
         check_bits("the bit-width of a layer", bits)
         self.weight_step.copy_(search_weight_step(self.weight, bits))
@@ -74,16 +73,20 @@ class QuantConv2d(nn.Conv2d):
             return self.weight[channels]
         return fake_quantize(self.weight[channels], self.weight_step[channels], 0, *weight_range(self.bits))
 
-    def quantized_input(self, x: torch.Tensor) -> torch.Tensor:
-        """The values that the convolution sees of its input."""
+    def quantized_input(self, x: torch.Tensor, scale: torch.Tensor | float = 1.0) -> torch.Tensor:
+        """The values that the convolution sees of its input, if its step were ``scale`` times what it is."""
         if not self.input_bits:
             return x
-        return fake_quantize(x, self.input_step, self.input_zero_point, *input_range(self.input_bits))
+        return fake_quantize(x, self.input_step * scale, self.input_zero_point, *input_range(self.input_bits))
 
     def forward(self, x: torch.Tensor, channels: slice = _ALL) -> torch.Tensor:
         """Convolve; ``channels`` computes only those output channels."""
         bias = self.bias[channels] if self.bias is not None else None
-        return self._conv_forward(self.quantized_input(x), self.quantized_weight(channels), bias)
+        return self.convolve(self.quantized_input(x), self.quantized_weight(channels), bias)
+
+    def convolve(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """The convolution itself, of what :meth:`forward` has quantized."""
+        return self._conv_forward(x, weight, bias)
 
     def set_weight_(self, weight: torch.Tensor) -> None:
         """Replace the weights and, if they are quantized, their steps."""

@@ -30,7 +30,8 @@ def fake_quantize(
 
     ``(clip(round(x / step + zero_point), low, high) - zero_point) * step``
 
-    The gradient passes straight through the rounding and is zero where the value was clipped.
+    The gradient passes straight through the rounding and is zero where the value was clipped; for a step that asks for
+    one it is that of learned step sizes (LSQ, arXiv 1902.08153, Eq. 3, without its scaling).
 
     Args:
         x: Tensor of any shape.
@@ -60,14 +61,22 @@ class _StraightThrough(torch.autograd.Function):
     ) -> torch.Tensor:
         position = (x.float() / step).add_(zero_point)
         clipped = position.clamp(low, high)
-        if ctx.needs_input_grad[0]:
-            ctx.save_for_backward(clipped == position)
-        return clipped.round_().sub_(zero_point).mul_(step).to(x.dtype)
+        inside = clipped == position if any(ctx.needs_input_grad) else None
+        rounded = clipped.round_().sub_(zero_point)
+        if inside is not None and ctx.needs_input_grad[1]:
+            # d(rounded * step) / d step, where x, and so x / step, passes straight through the rounding
+            slope = rounded - inside * position.sub_(zero_point)
+            ctx.save_for_backward(inside, slope)
+            ctx.step_shape = step.shape
+            return (rounded * step).to(x.dtype)
+        ctx.save_for_backward(inside)
+        return rounded.mul_(step).to(x.dtype)
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None, None, None]:  # noqa: ANN401
-        (inside,) = ctx.saved_tensors
-        return gradient * inside, None, None, None, None
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, None, None, None]:  # noqa: ANN401
+        inside, *slope = ctx.saved_tensors
+        step_gradient = (gradient.float() * slope[0]).sum_to_size(ctx.step_shape) if slope else None
+        return gradient * inside, step_gradient, None, None, None
 
 
 def weight_range(bits: int) -> tuple[int, int]:

@@ -1,21 +1,27 @@
-"""Stage 2 as one recipe: score the layers, allot the bits, choose the grids."""
+"""Stage 2 as one recipe: score the layers, allot the bits, choose the grids, reconstruct the blocks."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import nn
 
 from .layers import QuantConv2d, quantizable_layers
 from .quantizers import check_bits
+from .reconstruction import BlockReport, Reconstruction, reconstruct_
 from .scoring import allot_bits, layer_scores
 
 DEFAULT_THRESHOLDS = (0.005, 0.01, 0.02)
 """Limits of phi. The paper gives none. Cells of equal width, (0.25, 0.5, 0.75), give inner layers 2 bits and ruin the
 maps as long as weights are rounded to the nearest value, see docs/measurements.md; these give most layers 8 bits."""
 
+_NEAREST = Reconstruction(iterations=0)
+_WINDOW = 64  # side of the image windows for reconstruction: PDN-S turns one into 8x8 outputs
+_WINDOW_GRID = 4  # windows start where the feature maps of the whole image have a cell
+_WINDOWS_PER_IMAGE = 8
 _SAMPLES_PER_IMAGE = 4096  # activations kept of each layer and image for the search of its grid
 
 
@@ -28,6 +34,9 @@ class Quantizable(Protocol):
 
     def __call__(self, image: torch.Tensor) -> object:
         """Run all three networks on images."""
+
+    def blocks(self, network: nn.Module) -> Sequence[nn.Module]:
+        """The blocks of teacher or student that are reconstructed one after another."""
 
     def aligned_features(self, image: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Pairs of teacher and student features, layer by layer."""
@@ -76,38 +85,81 @@ class Allocation:
         return bits
 
 
+class Outcome(NamedTuple):
+    """What :func:`quantize_` found out."""
+
+    scores: dict[str, float]
+    """The HQS score of each aligned layer by name."""
+    blocks: list[BlockReport]
+    """What reconstruction did to the blocks of teacher and student."""
+
+    def state(self) -> dict[str, Any]:
+        """As plain values, for a checkpoint that is read without unpickling objects."""
+        return {"scores": self.scores, "blocks": [block._asdict() for block in self.blocks]}
+
+    @classmethod
+    def from_state(cls, state: dict[str, Any]) -> "Outcome":
+        """Undo :meth:`state`."""
+        return cls(state["scores"], [BlockReport(**block) for block in state["blocks"]])
+
+
 @torch.no_grad()
 def quantize_(
     model: Quantizable,
     scoring_images: Iterable[torch.Tensor],
     calibration_images: Iterable[torch.Tensor],
     allocation: Allocation,
-) -> dict[str, float]:
+    reconstruction: Reconstruction = _NEAREST,
+    seed: int = 0,
+) -> Outcome:
     """Quantize teacher, student and autoencoder in place.
 
     Args:
         model: The trained float model in evaluation mode.
         scoring_images: Batches of normal images held out from training, for the scores.
-        calibration_images: Batches of normal images, for the grids of the activations.
+        calibration_images: Batches of normal images, for the grids of the activations and for reconstruction.
         allocation: Where the bits come from.
+        reconstruction: How the blocks of teacher and student are reconstructed.
+        seed: Seed of everything drawn.
 
     Returns:
-        The HQS score of each aligned layer by name.
+        Scores and errors.
     """
+    generator = torch.Generator().manual_seed(seed)
     names = list(quantizable_layers(model.teacher))
     scores = layer_scores(model.aligned_features(images) for images in scoring_images)
     bits = allocation.allot(names, scores)
     encoder = dict.fromkeys(quantizable_layers(model.ae), allocation.autoencoder_bits)
     plan = [(model.teacher, bits), (model.student, bits), (model.ae, encoder)]
+    float_blocks = {name: deepcopy(model.blocks(getattr(model, name))) for name in ("teacher", "student")}
 
+    windows = []
     with _recorded_inputs([layer for network, _ in plan for layer in quantizable_layers(network).values()]) as inputs:
         for images in calibration_images:
             model(images)
+            windows.append(_random_windows(images, generator))
     for network, network_bits in plan:
-        for position, (name, layer) in enumerate(quantizable_layers(network).items()):
-            # A network's first layer sees the image, which the model itself rounds to its 8 bits.
-            layer.quantize_(network_bits[name], torch.cat(inputs[layer]) if position else None)
-    return dict(zip(names, scores, strict=True))
+        for name, layer in quantizable_layers(network).items():
+            layer.quantize_(network_bits[name], torch.cat(inputs[layer]))
+    reports = []
+    if reconstruction.iterations:
+        for name, reference in float_blocks.items():
+            blocks = model.blocks(getattr(model, name))
+            reports += reconstruct_(name, blocks, reference, torch.cat(windows), reconstruction, generator)
+    return Outcome(dict(zip(names, scores, strict=True)), reports)
+
+
+def _random_windows(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Cut windows from images at random, aligned to the cells of the feature maps."""
+    height, width = (min(side, _WINDOW) for side in images.shape[-2:])
+    windows = []
+    for _ in range(_WINDOWS_PER_IMAGE):
+        top, left = (
+            _WINDOW_GRID * int(torch.randint((side - window) // _WINDOW_GRID + 1, (), generator=generator))
+            for side, window in zip(images.shape[-2:], (height, width), strict=True)
+        )
+        windows.append(images[..., top : top + height, left : left + width])
+    return torch.cat(windows)
 
 
 @contextmanager

@@ -1,0 +1,224 @@
+"""Block reconstruction (BRECQ; paper, Eq. 2 and 3): round each weight so that its block's output changes least.
+
+    min over the rounding of weights and the steps of inputs of   E[ dz^T diag(g_1^2, ..., g_a^2) dz ]
+
+``dz`` is what quantization does to the output ``z`` of a block, ``g`` the gradient of the network's log-likelihood by
+``z``. The label of a regression is normally distributed about the network's output, ``y ~ N(z_n, I)``, so
+``g = J^T eps`` with ``J = d z_n / d z`` and ``eps ~ N(0, I)``. Convolutions see every position alike, so one weight for
+each channel, the mean over positions, stands for the diagonal.
+
+The rounding is AdaRound's: ``w = step * clip(floor(w / step) + h(v))`` with ``h`` a sigmoid stretched beyond [0, 1]
+and cut off there, and a regulariser that pushes every ``h`` to 0 or 1.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from tqdm import trange
+
+from .layers import QuantConv2d, quantizable_layers
+from .quantizers import weight_range
+
+_STRETCH_LOW, _STRETCH_HIGH = -0.1, 1.1
+_WARM_UP = 0.2  # share of the iterations before the regulariser sets in
+_BETA_START, _BETA_END = 20.0, 2.0
+
+
+@dataclass(frozen=True)
+class Reconstruction:
+    """How blocks are reconstructed.
+
+    Attributes:
+        iterations: Optimizer steps a block; 0 keeps nearest rounding.
+        batch_size: Windows a step.
+        fisher: Weigh the channels of a block's output by Eq. 3; otherwise all alike (what BRECQ's public code runs).
+        rounding_lr: Adam's learning rate for the rounding variables.
+        step_lr: Adam's learning rate for the input steps, relative to the step.
+        regularization: Weight of the regulariser.
+    """
+
+    iterations: int = 300
+    batch_size: int = 32
+    fisher: bool = True
+    rounding_lr: float = 3e-2
+    step_lr: float = 1e-3
+    regularization: float = 0.01
+
+
+class BlockReport(NamedTuple):
+    """What reconstruction did to one block: its weighted output error with nearest rounding and after learning."""
+
+    layers: list[str]
+    nearest: float
+    learned: float
+
+
+class _Learner(nn.Module):
+    """The learned rounding and input step of one layer; stands in for the layer's forward."""
+
+    def __init__(self, layer: QuantConv2d) -> None:
+        super().__init__()
+        self.layer = [layer]  # in a list, so that the layer's weights are not parameters of the learner
+        position = layer.weight.detach() / layer.weight_step
+        self.floor = position.floor()
+        share = (position - self.floor - _STRETCH_LOW) / (_STRETCH_HIGH - _STRETCH_LOW)
+        self.rounding = nn.Parameter(torch.logit(share))  # so that h is the share that floor has cut off
+        self.log_step = nn.Parameter(
+            torch.zeros(()),
+        )
+
+    def h(self) -> torch.Tensor:
+        stretched = torch.sigmoid(self.rounding) * (_STRETCH_HIGH - _STRETCH_LOW) + _STRETCH_LOW
+        return stretched.clamp(0, 1)
+
+    def regularizer(self, beta: float) -> torch.Tensor:
+        """Zero when every ``h`` is 0 or 1."""
+        return (1 - (2 * self.h() - 1).abs().pow(beta)).sum()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        (layer,) = self.layer
+        weight = (self.floor + self.h()).clamp(*weight_range(layer.bits)) * layer.weight_step
+        return layer.convolve(layer.quantized_input(x, self.log_step.exp()), weight, layer.bias)
+
+    @torch.no_grad()
+    def harden_(self) -> None:
+        """Write the decision into the layer: its weights are points of its grid from now on."""
+        (layer,) = self.layer
+        up = (self.h() >= 0.5).to(self.floor)  # rounding up or down
+        layer.weight.copy_((self.floor + up).clamp(*weight_range(layer.bits)) * layer.weight_step)
+        layer.input_step.mul_(self.log_step.exp())
+
+
+@contextmanager
+def _learning(layers: Sequence[QuantConv2d]) -> Iterator[list[_Learner]]:
+    learners = [_Learner(layer) for layer in layers]
+    for layer, learner in zip(layers, learners, strict=True):
+        vars(layer)["forward"] = learner.forward
+    try:
+        yield learners
+    finally:
+        for layer in layers:
+            del vars(layer)["forward"]
+
+
+def reconstruct_(
+    name: str,
+    blocks: Sequence[nn.Module],
+    reference: Sequence[nn.Module],
+    inputs: torch.Tensor,
+    settings: Reconstruction,
+    generator: torch.Generator,
+) -> list[BlockReport]:
+    """Reconstruct the quantized blocks of a network one after another, in place.
+
+    Each block is fed what the quantized blocks before it give and learns what the float network gives at that place.
+
+    Args:
+        name: Name of the network, for reports.
+        blocks: Quantized blocks; one after another they are the network.
+        reference: The same blocks before quantization.
+        inputs: Inputs of the network, ``(N, c, h, w)``: random windows of images where the network is local.
+        settings: See :class:`Reconstruction`.
+        generator: Draws batches and Fisher probes.
+
+    Returns:
+        A report for each block that was reconstructed. Blocks of 8 bits keep nearest rounding.
+    """
+    reports, given, wanted = [], inputs, inputs
+    for number, (block, float_block) in enumerate(zip(blocks, reference, strict=True)):
+        target = _apply(float_block, wanted)
+        layers = {f"{name}.{layer_name}": layer for layer_name, layer in quantizable_layers(block).items()}
+        if any(layer.bits < 8 for layer in layers.values()):
+            weights = torch.ones(1, target.shape[1], 1, 1)
+            if settings.fisher:
+                weights = fisher_weights(reference[number + 1 :], target, generator)
+            reports.append(_reconstruct_block_(block, layers, given, target, weights, settings, generator))
+        given, wanted = _apply(block, given), target
+    return reports
+
+
+def _reconstruct_block_(
+    block: nn.Module,
+    layers: dict[str, QuantConv2d],
+    given: torch.Tensor,
+    target: torch.Tensor,
+    weights: torch.Tensor,
+    settings: Reconstruction,
+    generator: torch.Generator,
+) -> BlockReport:
+    nearest, before = _error(block, given, target, weights), deepcopy(block.state_dict())
+    with _learning(list(layers.values())) as learners, torch.enable_grad():
+        optimizer = torch.optim.Adam(
+            [
+                {"params": [learner.rounding for learner in learners], "lr": settings.rounding_lr},
+                {"params": [learner.log_step for learner in learners], "lr": settings.step_lr},
+            ]
+        )
+        bar = trange(settings.iterations, desc=f"Reconstruction of {', '.join(layers)}", leave=False)
+        for iteration in bar:
+            chosen = torch.randint(len(given), (settings.batch_size,), generator=generator)
+            loss = _weighted_error(block(given[chosen]), target[chosen], weights)
+            progress = (iteration / settings.iterations - _WARM_UP) / (1 - _WARM_UP)
+            if progress >= 0:
+                beta = _BETA_START + (_BETA_END - _BETA_START) * progress
+                regularizers = torch.stack([learner.regularizer(beta) for learner in learners])
+                loss = loss + settings.regularization * regularizers.sum()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        for learner in learners:
+            learner.harden_()
+    learned = _error(block, given, target, weights)
+    if learned > nearest:
+        block.load_state_dict(before)
+        learned = nearest
+    return BlockReport(list(layers), nearest, learned)
+
+
+def fisher_weights(
+    rest: Sequence[nn.Module],
+    outputs: torch.Tensor,
+    generator: torch.Generator,
+    probes: int = 8,
+    windows: int = 64,
+) -> torch.Tensor:
+    """The diagonal of Eq. 3 for a block's output, a weight for each channel with mean 1, ``(1, C, 1, 1)``.
+
+    Args:
+        rest: The float blocks that follow; none for the last block.
+        outputs: Outputs of the block, ``(N, C, h, w)``.
+        generator: Draws the probes.
+        probes: Gradients of random outputs that are averaged.
+        windows: At most so many of the outputs serve.
+    """
+    z = outputs[:windows].detach().clone().requires_grad_()
+    with torch.enable_grad():
+        y = z
+        for block in rest:
+            y = block(y)
+        squares = torch.zeros(z.shape[1])
+        for _ in range(probes):
+            eps = torch.randn(y.shape, generator=generator).to(y)
+            (gradient,) = torch.autograd.grad(y, z, eps, retain_graph=True)
+            squares += gradient.float().square().mean((0, 2, 3))
+    return (squares / squares.mean()).view(1, -1, 1, 1)
+
+
+def _weighted_error(output: torch.Tensor, target: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """Eq. 3 summed over channels, averaged over windows and positions."""
+    return ((output.float() - target.float()).square() * weights).sum(1).mean()
+
+
+@torch.no_grad()
+def _error(block: nn.Module, given: torch.Tensor, target: torch.Tensor, weights: torch.Tensor) -> float:
+    return float(_weighted_error(_apply(block, given), target, weights))
+
+
+@torch.no_grad()
+def _apply(block: nn.Module, inputs: torch.Tensor, batch_size: int = 64) -> torch.Tensor:
+    return torch.cat([block(batch) for batch in inputs.split(batch_size)])

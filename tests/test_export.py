@@ -1,13 +1,22 @@
 """anomalib's own export of a finished model: every format gives the scores of the checkpoint."""
 
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
 from anomalib.data.utils import read_image
+from anomalib.deploy import CompressionType, OpenVINOInferencer
 from anomalib.models import Raad
 from lightning.pytorch import seed_everything
+from torch import nn
 
 onnxruntime = pytest.importorskip("onnxruntime")
 openvino = pytest.importorskip("openvino")
+
+from openvino import opset13  # noqa: E402
+
+from anomalib_raad.export.packing import pack_weights_  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -28,8 +37,15 @@ def finished(cells, images, tmp_path_factory) -> Raad:
         train_batch_size=1, eval_batch_size=2, num_workers=0, val_split_mode="same_as_test", seed=0,
     )  # fmt: skip
     seed_everything(0)
-    # Four images are far too few for the closed-form start: its huge weights would magnify every rounding error.
-    model = Raad(pre_processor=Raad.configure_pre_processor((64, 64)), closed_form_start=False, visualizer=False)
+    model = Raad(
+        pre_processor=Raad.configure_pre_processor((64, 64)),
+        bits={"conv2": 2, "conv3": 4},
+        reconstruction_iterations=2,
+        visualizer=False,
+        # Four images are far too few for the closed form: its huge weights would magnify every rounding error.
+        closed_form_start=False,
+        restore_student=False,
+    )
     root = tmp_path_factory.mktemp("finished")
     Engine(max_steps=4, default_root_dir=root, accelerator="cpu", logger=False).fit(model, datamodule=data)
     return model.eval()
@@ -65,13 +81,73 @@ def test_onnx(finished: Raad, images: torch.Tensor, tmp_path, input_size) -> Non
         assert_close(dict(zip(names, outputs, strict=True)), finished, batch)
 
 
+def compiled(path: Path, precision: str = "f32") -> openvino.CompiledModel:
+    return openvino.Core().compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": precision})
+
+
+def run(model: openvino.CompiledModel, images: torch.Tensor) -> dict[str, np.ndarray]:
+    return {output.get_any_name(): value for output, value in model(images.numpy()).items()}
+
+
 @pytest.mark.parametrize("input_size", [(64, 64), None], ids=["fixed", "dynamic"])
 def test_openvino(finished: Raad, images: torch.Tensor, tmp_path, input_size) -> None:
-    path = finished.to_openvino(tmp_path, input_size=input_size)
-    model = openvino.Core().compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
-    outputs = model(images[:1].numpy())
-    actual = {output.get_any_name(): value for output, value in outputs.items()}
-    assert_close(actual, finished, images[:1])
+    model = compiled(finished.to_openvino(tmp_path, input_size=input_size))
+    for batch in (images, images[:1]):
+        assert_close(run(model, batch), finished, batch)
+    if input_size is None:
+        # Off the grid of 8 bits, since there resizing by 5/4 ends in ties that either rounding is right about.
+        large = 0.97 * nn.functional.interpolate(images, (80, 96), mode="bilinear")
+        assert_close(run(model, large), finished, large)
+
+
+def test_every_convolution_runs_in_integers(finished: Raad, tmp_path) -> None:
+    runtime = compiled(finished.to_openvino(tmp_path, input_size=(64, 64))).get_runtime_model()
+    info = [operation.get_rt_info() for operation in runtime.get_ordered_ops()]
+    precisions = [i["runtimePrecision"].astype(str) for i in info if i["layerType"].astype(str) == "Convolution"]
+    assert precisions == ["u8"] * 22
+
+
+def test_packed_weights_are_smaller_and_exact(finished: Raad, images: torch.Tensor, tmp_path) -> None:
+    packed = finished.to_openvino(tmp_path, "packed", input_size=(64, 64))
+    unpacked = finished.to_openvino(tmp_path, "unpacked", input_size=(64, 64), packed=False)
+    for name, value in run(compiled(packed), images).items():
+        np.testing.assert_array_equal(value, run(compiled(unpacked), images)[name])
+    sizes = [path.with_suffix(".bin").stat().st_size for path in (packed, unpacked)]
+    conv2, conv3 = (2 * layer.weight.numel() for layer in (finished.model.teacher.conv2, finished.model.teacher.conv3))
+    assert sizes[1] - sizes[0] == pytest.approx(conv2 * 6 / 8 + conv3 * 4 / 8, abs=1000)
+
+
+def test_openvino_inferencer(finished: Raad, cells, tmp_path) -> None:
+    """anomalib's own inferencer, on a file."""
+    path = min(cells.glob("bad/*"))
+    inferencer = OpenVINOInferencer(finished.to_openvino(tmp_path), config={"INFERENCE_PRECISION_HINT": "f32"})
+    prediction = inferencer.predict(path)
+    with torch.no_grad():
+        expected = finished(read_image(path, as_tensor=True)[None]).pred_score
+    assert prediction.pred_score.item() == pytest.approx(expected.item(), abs=1e-3)
+
+
+@pytest.mark.parametrize("size", [64, 1])
+def test_pack_weights(size: int) -> None:
+    """A convolution of an 8-bit constant, with every value a type can hold."""
+    for low, high, kind in ((-2, 1, "u2"), (-8, 7, "i4"), (-9, 7, None), (-128, 127, None)):
+        values = np.resize(np.arange(low, high + 1), (size, 3, 1, 1)).astype(np.int8)
+        weights = opset13.multiply(opset13.convert(opset13.constant(values), openvino.Type.f32), np.float32(0.5))
+        image = opset13.parameter([1, 3, 2, 2], openvino.Type.f32)
+        output = opset13.convolution(image, weights, [1, 1], [0, 0], [0, 0], [1, 1])
+        model, x = openvino.Model([output], [image]), np.random.default_rng(0).random((1, 3, 2, 2), np.float32)
+        before = openvino.compile_model(model.clone(), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})(x)[0]
+        pack_weights_(model)
+        types = {operation.get_element_type().get_type_name() for operation in model.get_ops()}
+        assert (kind in types) if kind else not types & {"u2", "i4"}
+        after = openvino.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})(x)[0]
+        np.testing.assert_array_equal(after, before)
+
+
+def test_compressing_a_finished_model_warns(finished: Raad, tmp_path, caplog) -> None:
+    path = finished.to_openvino(tmp_path, input_size=(64, 64), compression_type=CompressionType.INT8)
+    assert "quantized already" in caplog.text
+    assert path.exists()
 
 
 def test_unfinished_model_exports_too(images: torch.Tensor, tmp_path) -> None:

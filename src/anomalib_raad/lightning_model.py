@@ -14,12 +14,15 @@ import torch
 from anomalib import LearningType
 from anomalib.data import Batch
 from anomalib.data.transforms.utils import extract_transforms_by_type
+from anomalib.deploy import CompressionType, ExportType
 from anomalib.metrics import Evaluator
 from anomalib.models.components import AnomalibModule
+from anomalib.models.components.base.export_mixin.utils import create_export_root
 from anomalib.post_processing import PostProcessor
 from anomalib.pre_processing import PreProcessor
 from anomalib.visualization import Visualizer
 from lightning.pytorch.utilities.types import STEP_OUTPUT
+from lightning_utilities.core.imports import module_available
 from torchvision.transforms.v2 import Compose, Normalize, Resize
 from tqdm import tqdm
 
@@ -27,6 +30,7 @@ from .closed_form import restore_student_
 from .data.penalty import PenaltyImages
 from .data.training import NormalImages
 from .initialization import AUTOENCODER_STEPS, start_in_closed_form_
+from .pre_processing import RaadPreProcessor
 from .quantization.layers import quantizable_layers
 from .quantization.recipe import DEFAULT_THRESHOLDS, Allocation, Outcome, model_bytes, quantize_
 from .quantization.reconstruction import Reconstruction
@@ -470,10 +474,57 @@ class Raad(AnomalibModule):
         self._outcome = Outcome.from_state(checkpoint["raad"]["outcome"])
         self._stages = checkpoint["raad"]["stages"]
 
+    def to_openvino(
+        self,
+        export_root: Path | str,
+        model_file_name: str = "model",
+        input_size: tuple[int, int] | None = None,
+        compression_type: CompressionType | None = None,
+        *args: Any,  # noqa: ANN401
+        packed: bool = True,
+        **kwargs: Any,  # noqa: ANN401
+    ) -> Path:
+        """Export to OpenVINO IR; a finished model's convolutions then run in integer kernels.
+
+        For exactly the checkpoint's scores compile it with ``{"INFERENCE_PRECISION_HINT": "f32"}``
+        (``OpenVINOInferencer(config=...)``): by default OpenVINO computes what lies between the convolutions in
+        bfloat16 on CPUs that have it.
+
+        Args:
+            export_root: The IR goes into ``weights/openvino`` in this folder.
+            model_file_name: Name of the files.
+            input_size: Height and width of the images; ``None``: any.
+            compression_type: ``None``, or ``FP16`` for biases and steps in float16. With the others, and with options
+                for anomalib's conversion (``args``, ``ov_kwargs``, ``onnx_kwargs``), anomalib exports the simulation of
+                the quantized model, which computes in floating point.
+            args: The other arguments of anomalib's method.
+            packed: Store weights of 2 bits in 2 and those of 3 or 4 bits in 4 bits. The results are the same.
+            kwargs: Like ``args``.
+
+        Returns:
+            Path of the ``.xml`` file.
+
+        Raises:
+            ModuleNotFoundError: If OpenVINO is not installed.
+        """
+        plain = args or kwargs.get("ov_kwargs") or kwargs.get("onnx_kwargs")
+        if not self.model.quantized or plain or compression_type not in {None, CompressionType.FP16}:
+            state = "quantized already; this exports its simulation" if self.model.quantized else "not quantized yet"
+            logger.warning("Raad: the model is %s. The IR will not run all convolutions in integers.", state)
+            return super().to_openvino(export_root, model_file_name, input_size, compression_type, *args, **kwargs)
+        if not module_available("openvino"):
+            msg = "exporting to OpenVINO needs OpenVINO: pip install 'anomalib[openvino]'"
+            raise ModuleNotFoundError(msg)
+        from .export.openvino import save_integer_ir  # noqa: PLC0415  # an optional part of anomalib
+
+        path = create_export_root(export_root, ExportType.OPENVINO) / f"{model_file_name}.xml"
+        save_integer_ir(self, path, input_size, packed=packed, half=compression_type == CompressionType.FP16)
+        return path
+
     @classmethod
     def configure_pre_processor(cls, image_size: tuple[int, int] | None = None) -> PreProcessor:
         """Resize to 256x256 by default; ImageNet normalisation is part of the networks."""
-        return PreProcessor(transform=Compose([Resize(image_size or (256, 256), antialias=True)]))
+        return RaadPreProcessor(transform=Compose([Resize(image_size or (256, 256), antialias=True)]))
 
     @property
     def trainer_arguments(self) -> dict[str, Any]:

@@ -301,18 +301,22 @@ class ImageConv2d(QuantConv2d):
         self.input_bits = 8
 
     def quantized_input(self, x: torch.Tensor, scale: torch.Tensor | float = 1.0) -> torch.Tensor:
-        """The normalised image; once quantized, the padded image in 8 bits, whose step is not up for learning."""
+        """As in other layers, but the image's step is not up for learning."""
         del scale
-        if not self.bits:
-            return imagenet_norm_batch(x)
-        if any(self.padding):
-            height, width = cast("tuple[int, int]", self.padding)
-            grey = _GREY.to(x)
-            x = F.pad(x - grey, (width, width, height, height)) + grey
         return super().quantized_input(x)
 
+    def prepare(self, x: torch.Tensor) -> torch.Tensor:
+        """Normalise the image; in a quantized layer pad it, since weights and bias normalise it."""
+        if not self.bits:
+            return imagenet_norm_batch(x)
+        if not any(self.padding):
+            return x
+        height, width = cast("tuple[int, int]", self.padding)
+        grey = _GREY.to(x)
+        return F.pad(x - grey, (width, width, height, height)) + grey
+
     def convolve(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        """The convolution, without its padding once :meth:`quantized_input` has done it."""
+        """The convolution, without its padding once :meth:`prepare` has done it."""
         return F.conv2d(x, weight, bias, self.stride) if self.bits else super().convolve(x, weight, bias)
 
 

@@ -75,9 +75,14 @@ class QuantConv2d(nn.Conv2d):
 
     def quantized_input(self, x: torch.Tensor, scale: torch.Tensor | float = 1.0) -> torch.Tensor:
         """The values that the convolution sees of its input, if its step were ``scale`` times what it is."""
+        x = self.prepare(x)
         if not self.input_bits:
             return x
         return fake_quantize(x, self.input_step * scale, self.input_zero_point, *input_range(self.input_bits))
+
+    def prepare(self, x: torch.Tensor) -> torch.Tensor:
+        """What comes before the input's quantizer; nothing in an ordinary layer."""
+        return x
 
     def forward(self, x: torch.Tensor, channels: slice = _ALL) -> torch.Tensor:
         """Convolve; ``channels`` computes only those output channels."""

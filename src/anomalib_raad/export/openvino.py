@@ -1,0 +1,61 @@
+"""A quantized anomalib model as an OpenVINO IR whose convolutions run in integer kernels."""
+
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import openvino
+import torch
+from anomalib.models.components import AnomalibModule
+from anomalib.models.components.base.export_mixin.utils import (
+    get_default_dynamic_axes,
+    get_dynamic_shapes_from_axes,
+    get_example_input,
+)
+
+from .lowering import integer_convolutions
+from .packing import pack_weights_
+
+
+def save_integer_ir(
+    module: AnomalibModule,
+    path: Path,
+    input_size: tuple[int, int] | None,
+    packed: bool,
+    half: bool,
+) -> None:
+    """Convert a quantized model with its pre- and post-processor and save it as IR.
+
+    Args:
+        module: The model; teacher, student and autoencoder are quantized.
+        path: Where the ``.xml`` goes; the ``.bin`` goes beside it. Both appear when they are complete.
+        input_size: Height and width of the images; ``None``: any. The batch size is always open.
+        packed: Store 2-bit weights in 2 bits, 3- and 4-bit weights in 4; otherwise all in 8.
+        half: Store what is not quantized (biases, steps) as float16.
+    """
+    model = _convert(module.eval(), input_size)
+    if packed:
+        pack_weights_(model)
+    with TemporaryDirectory(dir=path.parent) as unfinished:
+        openvino.save_model(model, Path(unfinished) / path.name, compress_to_fp16=half)
+        for suffix in (".bin", ".xml"):  # whoever sees an .xml finds its .bin
+            (Path(unfinished) / path.name).with_suffix(suffix).replace(path.with_suffix(suffix))
+
+
+@torch.no_grad()
+def _convert(module: AnomalibModule, input_size: tuple[int, int] | None) -> openvino.Model:
+    shapes = get_dynamic_shapes_from_axes(get_default_dynamic_axes(input_size, ["input"], []), ["input"], [])
+    example = get_example_input(input_size, shapes).to(module.device)
+    names = [name for name, value in module(example)._asdict().items() if value is not None]
+    with integer_convolutions(module):
+        program = torch.export.export(
+            module,
+            (example,),
+            dynamic_shapes=shapes,
+            strict=False,
+            prefer_deferred_runtime_asserts_over_guards=True,  # the resize to a fixed size asks for the image's size
+        )
+    model = openvino.convert_model(program)
+    model.inputs[0].get_tensor().set_names({"input"})
+    for output, name in zip(model.outputs, names, strict=True):
+        output.get_tensor().set_names({name})
+    return model

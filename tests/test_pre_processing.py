@@ -1,0 +1,27 @@
+import pytest
+import torch
+from anomalib.pre_processing import PreProcessor
+from torchvision.transforms.v2 import CenterCrop, Compose, Resize
+
+from anomalib_raad.pre_processing import AntialiasedResize, RaadPreProcessor, exportable
+
+
+@pytest.mark.parametrize("size", [(200, 130), (64, 48), (40, 50), (65, 777)])
+def test_resize_equals_torchvisions(size: tuple[int, int]) -> None:
+    images = torch.rand(2, 3, *size, generator=torch.Generator().manual_seed(0))
+    expected = Resize((64, 48), antialias=True)(images)
+    torch.testing.assert_close(AntialiasedResize((64, 48))(images), expected, rtol=0, atol=1e-5)
+
+
+def test_forward_is_the_transform_of_training() -> None:
+    images = torch.rand(1, 3, 200, 300, generator=torch.Generator().manual_seed(0))
+    transform = Compose([Resize((64, 64), antialias=True), CenterCrop(32)])
+    ours, theirs = (kind(transform=transform)(images) for kind in (RaadPreProcessor, PreProcessor))
+    torch.testing.assert_close(ours, transform(images), rtol=0, atol=1e-5)
+    assert (theirs - transform(images)).abs().max() > 0.1
+
+
+def test_other_transforms_stay() -> None:
+    for transform in (Resize((64, 64), antialias=False), Resize(64), CenterCrop(32)):
+        assert exportable(transform) is transform
+    assert RaadPreProcessor(transform=None)(torch.ones(1)) == 1

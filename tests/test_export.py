@@ -1,5 +1,6 @@
 """anomalib's own export of a finished model: every format gives the scores of the checkpoint."""
 
+from copy import deepcopy
 from pathlib import Path
 
 import numpy as np
@@ -11,12 +12,10 @@ from anomalib.models import Raad
 from lightning.pytorch import seed_everything
 from torch import nn
 
+from anomalib_raad.export.projection import project_
+
 onnxruntime = pytest.importorskip("onnxruntime")
 openvino = pytest.importorskip("openvino")
-
-from openvino import opset13  # noqa: E402
-
-from anomalib_raad.export.packing import pack_weights_  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -127,21 +126,16 @@ def test_openvino_inferencer(finished: Raad, cells, tmp_path) -> None:
     assert prediction.pred_score.item() == pytest.approx(expected.item(), abs=1e-3)
 
 
-@pytest.mark.parametrize("size", [64, 1])
-def test_pack_weights(size: int) -> None:
-    """A convolution of an 8-bit constant, with every value a type can hold."""
-    for low, high, kind in ((-2, 1, "u2"), (-8, 7, "i4"), (-9, 7, None), (-128, 127, None)):
-        values = np.resize(np.arange(low, high + 1), (size, 3, 1, 1)).astype(np.int8)
-        weights = opset13.multiply(opset13.convert(opset13.constant(values), openvino.Type.f32), np.float32(0.5))
-        image = opset13.parameter([1, 3, 2, 2], openvino.Type.f32)
-        output = opset13.convolution(image, weights, [1, 1], [0, 0], [0, 0], [1, 1])
-        model, x = openvino.Model([output], [image]), np.random.default_rng(0).random((1, 3, 2, 2), np.float32)
-        before = openvino.compile_model(model.clone(), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})(x)[0]
-        pack_weights_(model)
-        types = {operation.get_element_type().get_type_name() for operation in model.get_ops()}
-        assert (kind in types) if kind else not types & {"u2", "i4"}
-        after = openvino.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})(x)[0]
-        np.testing.assert_array_equal(after, before)
+def test_projection(finished: Raad, images: torch.Tensor, tmp_path) -> None:
+    """The IR is that of the projected model, the model itself stays as it is."""
+    before = expected(finished, images)
+    path = finished.to_openvino(tmp_path, input_size=(64, 64), feature_projection=32)
+    torch.testing.assert_close(expected(finished, images), before, rtol=0, atol=0)
+    projected = deepcopy(finished)
+    project_(projected.model, 32)
+    assert_close(run(compiled(path), images), projected, images)
+    with pytest.raises(ValueError, match="feature_projection is 385; a number of channels from 1 to 384"):
+        finished.to_openvino(tmp_path, feature_projection=385)
 
 
 def test_compressing_a_finished_model_warns(finished: Raad, tmp_path, caplog) -> None:

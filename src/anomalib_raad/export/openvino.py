@@ -52,7 +52,6 @@ def _convert(module: AnomalibModule, input_size: tuple[int, int] | None) -> open
             (example,),
             dynamic_shapes=shapes,
             strict=False,
-            prefer_deferred_runtime_asserts_over_guards=True,  # the resize to a fixed size asks for the image's size
         )
     model = openvino.convert_model(program)
     model.inputs[0].get_tensor().set_names({"input"})

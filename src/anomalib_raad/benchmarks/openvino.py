@@ -1,0 +1,154 @@
+"""What a deployed Raad costs, against anomalib's EfficientAd: latency, throughput, size, load time.
+
+    python -m anomalib_raad.benchmarks.openvino --output openvino.json
+
+Weights do not matter for time and size, so the models are untrained; Raad's conv2 and conv3 get ``bits``. All models
+infer the same solar cell in turn in one process, so that whatever else the machine does slows all of them: quote the
+ratios. EfficientAd's INT8_PTQ is what anomalib's own export makes, calibrated on the validation cells.
+"""
+
+import json
+import logging
+import time
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, cast
+
+import numpy as np
+import openvino
+import torch
+from anomalib.data.utils import read_image
+from anomalib.deploy import CompressionType
+from anomalib.models import EfficientAd
+from anomalib.models.components import AnomalibModule
+from jsonargparse import auto_cli
+from rich.console import Console
+from rich.table import Table
+from torchvision.transforms.v2 import Resize
+
+from anomalib_raad import Raad, RaadModel
+from anomalib_raad.data.elpv import Elpv
+from anomalib_raad.quantization.recipe import Allocation, quantize_
+
+from .timing import median_seconds
+
+_SIZE = (256, 256)
+_REFERENCE = "EfficientAd INT8_PTQ"
+_REQUESTS = 8  # images in flight and waiting when throughput is taken
+
+
+def main(rounds: int = 30, bits: int = 4, projections: tuple[int, ...] = (128, 64), output: Path | None = None) -> None:
+    """Export every variant, time them and print a table.
+
+    Args:
+        rounds: Timed inferences of each variant after two that are not counted; the median counts.
+        bits: Bits of Raad's inner layers.
+        projections: Numbers of compared channels to which Raad is projected in further rows.
+        output: JSON file for the figures.
+    """
+    logging.getLogger("nncf").setLevel(logging.ERROR)
+    cells = Elpv(category="mono", num_workers=0)
+    cells.setup()
+    image = Resize(_SIZE)(read_image(cells.train_data.samples.image_path[0], as_tensor=True)[None])
+    with TemporaryDirectory() as folder:
+        rows = [
+            _Variant(name, path, precision)
+            for name, path, precision in _export(Path(folder), image, bits, projections, cells)
+        ]
+        steps = [partial(row.infer, image.numpy()) for row in rows]
+        median_seconds(steps, rounds=2)  # to warm up
+        for row, seconds in zip(rows, median_seconds(steps, rounds), strict=True):
+            row.figures["milliseconds"] = 1000 * seconds
+        queues = [partial(row.infer_many, image.numpy()) for row in rows]
+        for row, seconds in zip(rows, median_seconds(queues, max(1, rounds // 5)), strict=True):
+            row.figures["images_per_second"] = _REQUESTS / seconds
+    figures = {row.name: row.figures for row in rows}
+    _print(figures)
+    if output:
+        output.write_text(json.dumps(figures, indent=1))
+
+
+class _Variant:
+    """An IR, compiled for latency and for throughput."""
+
+    def __init__(self, name: str, path: Path, precision: str | None) -> None:
+        self.name = name
+        config: dict[str, Any] = {"INFERENCE_PRECISION_HINT": precision} if precision else {}
+        core = openvino.Core()
+        start = time.perf_counter()
+        self.model = core.compile_model(path, "CPU", config | {"PERFORMANCE_HINT": "LATENCY"})
+        self.figures: dict[str, Any] = {
+            "load_seconds": time.perf_counter() - start,
+            "megabytes": sum(path.with_suffix(suffix).stat().st_size for suffix in (".xml", ".bin")) / 1e6,
+            "convolutions": _convolutions(self.model),
+        }
+        self.queue = openvino.AsyncInferQueue(
+            core.compile_model(path, "CPU", config | {"PERFORMANCE_HINT": "THROUGHPUT"})
+        )
+
+    def infer(self, image: np.ndarray) -> None:
+        self.model(image)
+
+    def infer_many(self, image: np.ndarray) -> None:
+        for _ in range(_REQUESTS):
+            self.queue.start_async(image)
+        self.queue.wait_all()
+
+
+def _export(
+    folder: Path, image: torch.Tensor, bits: int, projections: tuple[int, ...], cells: Elpv
+) -> list[tuple[str, Path, str | None]]:
+    """Names, IRs and inference precisions; ``None`` is OpenVINO's choice, bfloat16 where the CPU has it."""
+    # Without post-processors, whose thresholds only training sets
+    efficientad, raad = (kind(post_processor=False, evaluator=False, visualizer=False) for kind in (EfficientAd, Raad))
+
+    def export(module: AnomalibModule, name: str, **options: Any) -> Path:  # noqa: ANN401
+        return module.to_openvino(folder, name, input_size=_SIZE, **options)
+
+    full = export(efficientad, "efficientad")
+    variants: list[tuple[str, Path, str | None]] = [
+        ("EfficientAd f32", full, "f32"),
+        ("EfficientAd", full, None),
+        ("EfficientAd FP16", export(efficientad, "fp16", compression_type=CompressionType.FP16), None),
+        (_REFERENCE, export(efficientad, "ptq", compression_type=CompressionType.INT8_PTQ, datamodule=cells), None),
+        ("Raad before quantization, f32", export(raad, "raad"), "f32"),
+    ]
+    with torch.no_grad():
+        quantize_(cast("RaadModel", raad.model), [image], [image], Allocation(bits=bits))
+    packed = export(raad, "packed")
+    variants += [("Raad", packed, None), ("Raad f32", packed, "f32")]
+    for channels in projections:
+        variants.append((f"Raad, {channels} channels", export(raad, f"k{channels}", feature_projection=channels), None))
+    return variants
+
+
+def _convolutions(model: openvino.CompiledModel) -> dict[str, int]:
+    """How many convolutions run in which precision."""
+    counts: dict[str, int] = {}
+    for operation in model.get_runtime_model().get_ordered_ops():
+        info = operation.get_rt_info()
+        if info["layerType"].astype(str) == "Convolution":
+            precision = info["runtimePrecision"].astype(str)
+            counts[precision] = counts.get(precision, 0) + 1
+    return counts
+
+
+def _print(figures: dict[str, dict[str, Any]]) -> None:
+    reference = figures[_REFERENCE]
+    table = Table("Variant", "ms / image", "ratio", "images / s", "MB", "load s", "convolutions")
+    for name, row in figures.items():
+        table.add_row(
+            name,
+            f"{row['milliseconds']:.1f}",
+            f"{row['milliseconds'] / reference['milliseconds']:.2f}",
+            f"{row['images_per_second']:.1f}",
+            f"{row['megabytes']:.1f}",
+            f"{row['load_seconds']:.1f}",
+            ", ".join(f"{count} {precision}" for precision, count in row["convolutions"].items()),
+        )
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    auto_cli(main, as_positional=False)

@@ -62,7 +62,8 @@ def small_raad():
     def make(**options) -> Raad:
         options.setdefault("pre_processor", Raad.configure_pre_processor(SMALL))
         options.setdefault("reconstruction_iterations", 2)
-        return Raad(visualizer=False, **options)
+        options.setdefault("visualizer", False)
+        return Raad(**options)
 
     return make
 

@@ -48,7 +48,7 @@ def main(rounds: int = 30, bits: int = 4, projections: tuple[int, ...] = (128, 6
         output: JSON file for the figures.
     """
     logging.getLogger("nncf").setLevel(logging.ERROR)
-    cells = Elpv(category="mono", num_workers=0)
+    cells = Elpv(category="mono", num_workers=0, augmentations=Resize(_SIZE))  # INT8_PTQ feeds them as they are
     cells.setup()
     image = Resize(_SIZE)(read_image(cells.train_data.samples.image_path[0], as_tensor=True)[None])
     with TemporaryDirectory() as folder:

@@ -1,0 +1,48 @@
+import json
+
+import pandas as pd
+import pytest
+import torch
+
+from anomalib_raad.benchmarks import ablation
+
+
+def test_rows_share_the_first_stage_and_the_steps(cell_data, small_raad, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(ablation, "Raad", small_raad)
+    results = tmp_path / "ablation"
+    rows = ["longer baseline", "HQS, nearest rounding"]
+
+    def measure() -> None:
+        ablation.measure(cell_data(), 4, seeds=[3], rows=rows, calibration_images=2, results=results)
+
+    measure()
+    cells = {path: json.loads(path.read_text()) for path in results.glob("*.json")}
+    assert {cell["row"] for cell in cells.values()} == {"uniform 8", *rows}
+    assert all(0 <= cell["model"]["image_AUROC"] <= 1 for cell in cells.values())
+
+    def checkpoint(row: str, stage: str) -> dict:
+        return torch.load(results / "runs" / f"cells-{row}-3" / f"{stage}.ckpt", weights_only=True)
+
+    first = checkpoint("uniform_8", "trained")
+    assert first["global_step"] == 2
+    shared = checkpoint("HQS-nearest_rounding", "trained")["state_dict"]
+    weights = {name: value for name, value in first["state_dict"].items() if name.endswith(("weight", "bias"))}
+    assert len(weights) > 40
+    assert all(torch.equal(shared[name], value) for name, value in weights.items())
+    assert checkpoint("longer_baseline", "trained")["global_step"] == 3
+
+    kept = next(iter(cells))
+    kept.write_text(json.dumps(cells[kept] | {"seed": 7}))
+    measure()
+    assert json.loads(kept.read_text())["seed"] == 7
+
+    ablation.table(results)
+    assert (results / "ablation.png").stat().st_size > 5_000
+    assert len(pd.read_csv(results / "ablation.csv")) == 6
+    lines = (results / "ablation.md").read_text().splitlines()
+    assert [line.split("|")[1].strip() for line in lines[2:4]] == ["baseline", "longer baseline"]
+
+
+def test_unknown_rows__error(cell_data, tmp_path) -> None:
+    with pytest.raises(ValueError, match=r"unknown rows \['nothing'\]; the rows are \['uniform 8'"):
+        ablation.measure(cell_data(), 4, rows=["nothing"], results=tmp_path)

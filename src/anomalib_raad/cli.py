@@ -5,14 +5,17 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from jsonargparse import auto_cli
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
+from .benchmarks.comparison import compare
 from .teacher.distillation import Distillation, PhotoFolder
 from .teacher.weights import save_teacher
 
-USAGE = """usage: anomalib-raad distill [--help] [--config FILE] [options]
+USAGE = """usage: anomalib-raad COMMAND [--help] [--config FILE] [options]
 
   distill   distil a teacher from a backbone and a folder of photos (Eq. 1)
+  compare   fit and test several models on several data sets with several seeds
 """
 
 
@@ -51,7 +54,10 @@ def distill(arguments: Sequence[str]) -> None:
 def main() -> None:
     """Run the command line."""
     command, *arguments = sys.argv[1:] or ["--help"]
-    if command != "distill":
+    if command == "distill":
+        distill(arguments)
+    elif command == "compare":
+        sys.exit(min(1, auto_cli(compare, args=arguments, as_positional=False, prog="anomalib-raad compare")))
+    else:
         sys.stdout.write(USAGE)
         sys.exit(0 if command in {"-h", "--help"} else 2)
-    distill(arguments)

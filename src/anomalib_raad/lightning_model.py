@@ -1,6 +1,5 @@
 """RAAD as an anomalib model: the hooks that carry a fit through its three stages."""
 
-import json
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -26,6 +25,7 @@ from lightning_utilities.core.imports import module_available
 from torchvision.transforms.v2 import Compose, Normalize, Resize
 from tqdm import tqdm
 
+from .attention import attention_bias
 from .closed_form import restore_student_
 from .data.penalty import PenaltyImages
 from .data.training import NormalImages
@@ -35,6 +35,7 @@ from .pre_processing import RaadPreProcessor
 from .quantization.layers import quantizable_layers
 from .quantization.recipe import DEFAULT_THRESHOLDS, Allocation, Outcome, model_bytes, quantize_
 from .quantization.reconstruction import Reconstruction
+from .report import write_report
 from .stages import Schedule, Stage
 from .teacher.cache import FeatureCache
 from .teacher.weights import load_teacher_
@@ -300,7 +301,9 @@ class Raad(AnomalibModule):
         super().optimizer_step(*args, **kwargs)
         if self.global_step + 1 == self.schedule.total:
             self._end_stage("fine_tuned", self.global_step + 1)
-            self._write_report()
+            if self.trainer.is_global_zero and not self.trainer.fast_dev_run:
+                folder = Path(self.trainer.default_root_dir)
+                write_report(folder, self.model, self._outcome, list(self._stages.values()))
             self.trainer.limit_val_batches = self._limit_val_batches
             self.trainer.should_stop = True  # lets Lightning validate even in the middle of an epoch
 
@@ -374,42 +377,23 @@ class Raad(AnomalibModule):
         """Set the map quantiles of the model as it is now, during a fit.
 
         Returns:
-            The mean of either unnormalised map on the held-out normal images.
+            The mean of either unnormalised map on the held-out normal images, and its attention bias where there are
+            two or more images of one size.
         """
         with self._evaluating():
-            maps = [torch.stack(pair) for pair in map(self.model.maps, self._held_out_images("Map quantiles"))]
+            images = list(self._held_out_images("Map quantiles"))
+            maps = [torch.stack(self.model.maps(image)) for image in images]
         values = np.concatenate([pair.flatten(1).float().cpu().numpy() for pair in maps], axis=1)
         if self.hparams["normalize_maps"]:
             low, high = np.quantile(values, [0.9, 0.995], axis=1)
             high = np.maximum(high, low + 1e-6)  # the maps of a part without any variation are constant
             self.model.map_quantiles.copy_(torch.tensor(np.stack([low, high], axis=1)))
-        return dict(zip(["held_out_map_st", "held_out_map_ae"], values.mean(axis=1).tolist(), strict=True))
-
-    def _write_report(self) -> None:
-        """Write bits, scores and stage metrics to ``quantization.json`` in the results folder."""
-        networks = {"teacher": self.model.teacher, "student": self.model.student, "autoencoder": self.model.ae}
-        layers: list[dict[str, Any]] = [
-            {
-                "layer": f"{network}.{name}",
-                "bits": layer.bits,
-                "input_bits": layer.input_bits,
-                "weights": layer.weight.numel(),
-                "score": self._outcome.scores.get(name) if network != "autoencoder" else None,
-            }
-            for network, module in networks.items()
-            for name, layer in quantizable_layers(module).items()
-        ]
-        weights = sum(layer["weights"] for layer in layers)
-        report = {
-            "average_bits": sum(layer["bits"] * layer["weights"] for layer in layers) / weights,
-            "layers": layers,
-            "reconstruction": [report._asdict() for report in self._outcome.blocks],
-            "stages": list(self._stages.values()),
-        }
-        path = Path(self.trainer.default_root_dir) / "quantization.json"
-        if self.trainer.is_global_zero and not self.trainer.fast_dev_run:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(report, indent=2))
+        figures = dict(zip(["held_out_map_st", "held_out_map_ae"], values.mean(axis=1).tolist(), strict=True))
+        if len(images) > 1 and len({image.shape for image in images}) == 1:
+            st, ae = torch.cat(maps, dim=1)
+            figures["attention_bias_st"] = attention_bias(torch.cat(images), st)
+            figures["attention_bias_ae"] = attention_bias(torch.cat(images), ae)
+        return figures
 
     # ----------------------------------------------------------------------------------------------------- helpers
 

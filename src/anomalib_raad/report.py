@@ -1,0 +1,67 @@
+"""What a run did, as JSON and as a picture: every layer's score and bits, every stage's size and attention bias."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+
+from .quantization.layers import quantizable_layers
+from .quantization.recipe import Outcome
+from .torch_model import RaadModel
+
+
+def write_report(folder: Path, model: RaadModel, outcome: Outcome, stages: Sequence[dict[str, Any]]) -> None:
+    """Write ``quantization.json`` and ``quantization.png``.
+
+    Args:
+        folder: Where they go.
+        model: The finished model.
+        outcome: What quantization found out.
+        stages: The figures of each stage.
+    """
+    networks = {"teacher": model.teacher, "student": model.student, "autoencoder": model.ae}
+    layers: list[dict[str, Any]] = [
+        {
+            "layer": f"{network}.{name}",
+            "bits": layer.bits,
+            "input_bits": layer.input_bits,
+            "weights": layer.weight.numel(),
+            "bytes": layer.weight.numel() * layer.bits // 8,
+            "mean_weight_step": float(layer.weight_step.mean()),
+            "input_step": float(layer.input_step),
+            "score": outcome.scores.get(name) if network != "autoencoder" else None,
+        }
+        for network, module in networks.items()
+        for name, layer in quantizable_layers(module).items()
+    ]
+    weights = sum(layer["weights"] for layer in layers)
+    report = {
+        "average_bits": sum(layer["bits"] * layer["weights"] for layer in layers) / weights,
+        "layers": layers,
+        "reconstruction": [block._asdict() for block in outcome.blocks],
+        "stages": list(stages),
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "quantization.json").write_text(json.dumps(report, indent=2))
+    _draw(report, folder / "quantization.png")
+
+
+def _draw(report: dict[str, Any], path: Path) -> None:
+    scored = [layer for layer in report["layers"] if layer["layer"].startswith("teacher.")]
+    names = [layer["layer"].removeprefix("teacher.") for layer in scored]
+    figure, (bits, scores, stages) = plt.subplots(1, 3, figsize=(11, 3), layout="constrained")
+    bits.bar(names, [layer["bits"] for layer in scored])
+    bits.set(title="bits of teacher and student", yticks=[2, 3, 4, 8])
+    scores.bar(names, [layer["score"] for layer in scored], color="tab:orange")
+    scores.set(title="HQS score (Eq. 4)")
+    labels = [stage["stage"].replace("_", " ") for stage in report["stages"]]
+    for name in ("st", "ae"):
+        bias = [stage.get(f"attention_bias_{name}", float("nan")) for stage in report["stages"]]
+        stages.plot(labels, bias, marker="o", label=f"map {name}")
+    stages.axhline(1, color="grey", linewidth=0.8)
+    stages.set(title="attention bias on normal images")
+    stages.legend()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)

@@ -38,7 +38,10 @@ def run(configuration: str = "configs/raad_demo.yaml", max_steps: int | None = N
     for name, meaning in STAGES.items():
         Console().print(f"Test images, {meaning}")
         path = results / "weights" / "lightning" / f"{name}.ckpt"
-        metrics[name] = dict(engine.test(model, datamodule=datamodule, ckpt_path=path, verbose=False)[0])
+        # Thresholds and score range first: only the finished model's checkpoint has them, and torchmetrics misreads
+        # scores that are not normalised to [0, 1].
+        engine.validate(model, datamodule=datamodule, ckpt_path=path, verbose=False)
+        metrics[name] = dict(engine.test(model, datamodule=datamodule, verbose=False)[0])
     report = json.loads((results / "quantization.json").read_text())
     (results / "stages.json").write_text(json.dumps(metrics, indent=2))
     _print(metrics, report, results)

@@ -23,6 +23,8 @@ from lightning.pytorch import seed_everything
 
 from anomalib_raad import Raad
 
+from .scores import SquashingPostProcessor
+
 logger = logging.getLogger(__name__)
 
 RESULTS = Path("results/ablation")
@@ -90,7 +92,8 @@ def measure(
                 if row == _LONGER:
                     options |= {"train_steps": steps - 1, "finetune_steps": 1}
                 seed_everything(seed)
-                scores = _run(Raad(visualizer=False, **options), data, steps, precision, folder, trained)
+                model = Raad(visualizer=False, post_processor=SquashingPostProcessor(), **options)
+                scores = _run(model, data, steps, precision, folder, trained)
                 cell.path(results).write_text(json.dumps(cell._asdict() | scores))
                 logger.info("%s: %s", cell, scores)
             if row == first:

@@ -30,6 +30,8 @@ from lightning.pytorch.callbacks import Callback
 from anomalib_raad import Raad
 from anomalib_raad.initialization import AUTOENCODER_STEPS
 
+from .scores import squash
+
 RESULTS = Path("results/learning_curve")
 
 
@@ -94,6 +96,7 @@ def _test(module: Any, datamodule: Any) -> dict[str, float]:  # noqa: ANN401
         if batch.gt_mask is not None:
             batch.gt_mask = module.pre_processor.transform(batch.gt_mask)
         predicted = module.validation_step(batch)
+        predicted.pred_score, predicted.anomaly_map = squash(predicted.pred_score), squash(predicted.anomaly_map)
         for metric in metrics:
             metric.update(predicted)
     return {str(metric.name): float(metric.compute()) for metric in metrics if metric.update_called}

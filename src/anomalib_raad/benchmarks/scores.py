@@ -1,0 +1,28 @@
+"""Scores as torchmetrics can rank them."""
+
+from typing import cast
+
+import torch
+from anomalib.data import Batch
+from anomalib.post_processing import PostProcessor
+
+
+def squash(scores: torch.Tensor) -> torch.Tensor:
+    """Map any scores to (0, 1) and keep their order.
+
+    torchmetrics takes scores outside [0, 1] for logits and passes them through a sigmoid, *batch by batch*: a batch
+    with one score above 1 would be ranked against others that were left alone.
+    """
+    return 0.5 + 0.5 * scores / (1 + scores.abs())
+
+
+class SquashingPostProcessor(PostProcessor):
+    """For measurements: keeps the order of all scores, where anomalib's cuts off what lies beyond the validation set's.
+
+    It needs no thresholds, so it serves models as well that have not been validated.
+    """
+
+    def post_process_batch(self, batch: Batch) -> None:
+        """Squash scores and maps in place."""
+        batch.pred_score = squash(cast("torch.Tensor", batch.pred_score))
+        batch.anomaly_map = squash(cast("torch.Tensor", batch.anomaly_map))

@@ -161,7 +161,7 @@ class Raad(AnomalibModule):
         self.reconstruction = Reconstruction(reconstruction_iterations, fisher=fisher)
         self.lambdas = {"st": lambda_st, "stae": lambda_stae, "ae": lambda_ae, "penalty": 1.0}
         self.schedule = Schedule(train_steps, finetune_steps)
-        self._outcome = Outcome({}, [])
+        self._outcome = Outcome({}, {}, [])
         self._stages: dict[str, dict[str, Any]] = {}
         self._penalty: PenaltyImages | None = None
         self._teacher_features = FeatureCache(self.model.teacher_features)

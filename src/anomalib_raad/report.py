@@ -32,6 +32,7 @@ def write_report(folder: Path, model: RaadModel, outcome: Outcome, stages: Seque
             "mean_weight_step": float(layer.weight_step.mean()),
             "input_step": float(layer.input_step),
             "score": outcome.scores.get(name) if network != "autoencoder" else None,
+            "misalignment": outcome.misalignment.get(name) if network != "autoencoder" else None,
         }
         for network, module in networks.items()
         for name, layer in quantizable_layers(module).items()
@@ -54,8 +55,11 @@ def _draw(report: dict[str, Any], path: Path) -> None:
     figure, (bits, scores, stages) = plt.subplots(1, 3, figsize=(11, 3), layout="constrained")
     bits.bar(names, [layer["bits"] for layer in scored])
     bits.set(title="bits of teacher and student", yticks=[2, 3, 4, 8])
-    scores.bar(names, [layer["score"] for layer in scored], color="tab:orange")
-    scores.set(title="HQS score (Eq. 4)")
+    for offset, name in ((-0.2, "score"), (0.2, "misalignment")):
+        places = [place + offset for place in range(len(names))]
+        scores.bar(places, [layer[name] for layer in scored], width=0.4, label=name)
+    scores.set(title="HQS score (Eq. 4) and 1 - CKA", xticks=range(len(names)), xticklabels=names)
+    scores.legend()
     labels = [stage["stage"].replace("_", " ") for stage in report["stages"]]
     for name in ("st", "ae"):
         bias = [stage.get(f"attention_bias_{name}", float("nan")) for stage in report["stages"]]

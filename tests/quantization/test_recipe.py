@@ -55,7 +55,7 @@ def test_quantize_gives_teacher_and_student_the_same_bits(
     bits: list[int],
 ) -> None:
     model = Toy()
-    scores, _ = quantize_(model, images, images, allocation)
+    scores, *_ = quantize_(model, images, images, allocation)
     assert list(scores) == NAMES
     for network in (model.teacher, model.student):
         layers = quantizable_layers(network).values()

@@ -19,9 +19,9 @@ def test_layer_scores_equal_the_slow_reference_and_ignore_the_order_of_images() 
     generator = torch.Generator().manual_seed(0)
     shapes = [(3, 5, 5), (4, 2, 2)]
     batches = [[tuple(torch.randn(2, n, *s, generator=generator)) for s in shapes] for n in (1, 3)]
-    scores = layer_scores(batches)
+    scores = layer_scores(batches).literal
     assert scores == pytest.approx([slow_score([batch[layer] for batch in batches]) for layer in range(2)])
-    assert scores == pytest.approx(layer_scores(reversed(batches)))
+    assert scores == pytest.approx(layer_scores(reversed(batches)).literal)
     assert all(0 < score < 1 for score in scores)
 
 
@@ -37,3 +37,19 @@ def test_phi(score: float, bits: int) -> None:
 
 def test_first_and_last_layer_are_fixed() -> None:
     assert allot_bits([0.1, 0.1, 0.6, 0.1], (0.25, 0.5, 0.75), 8) == [8, 2, 4, 8]
+
+
+def test_misalignment_ignores_rotations_and_equals_the_definition() -> None:
+    torch.manual_seed(0)
+    teacher, student = torch.randn(2, 3, 5, 4, 4)
+    teacher, student = teacher + 0.5 * student, student + 3
+    rows = [x.movedim(1, -1).flatten(0, -2).double() for x in (teacher, student)]
+    x, y = (row - row.mean(0) for row in rows)
+    expected = 1 - (x.T @ y).norm() ** 2 / ((x.T @ x).norm() * (y.T @ y).norm())
+    (literal,) = layer_scores([[(teacher, student)]]).misalignment
+    assert literal == pytest.approx(float(expected), rel=1e-4)
+    rotation = torch.linalg.qr(torch.randn(5, 5))[0]
+    rotated = torch.einsum("dc,nchw->ndhw", rotation, student)
+    batches = [[(t, s)] for t, s in zip(teacher.split(1), rotated.split(1), strict=True)]
+    assert layer_scores(batches).misalignment == pytest.approx([literal], rel=1e-4)
+    assert layer_scores([[(student, rotated)]]).misalignment == pytest.approx([0], abs=1e-5)

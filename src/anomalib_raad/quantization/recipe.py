@@ -91,17 +91,23 @@ class Outcome(NamedTuple):
 
     scores: dict[str, float]
     """The HQS score of each aligned layer by name."""
+    misalignment: dict[str, float]
+    """1 - CKA of teacher and student in each aligned layer; decides nothing."""
     blocks: list[BlockReport]
     """What reconstruction did to the blocks of teacher and student."""
 
     def state(self) -> dict[str, Any]:
         """As plain values, for a checkpoint that is read without unpickling objects."""
-        return {"scores": self.scores, "blocks": [block._asdict() for block in self.blocks]}
+        return {
+            "scores": self.scores,
+            "misalignment": self.misalignment,
+            "blocks": [block._asdict() for block in self.blocks],
+        }
 
     @classmethod
     def from_state(cls, state: dict[str, Any]) -> "Outcome":
         """Undo :meth:`state`."""
-        return cls(state["scores"], [BlockReport(**block) for block in state["blocks"]])
+        return cls(state["scores"], state["misalignment"], [BlockReport(**block) for block in state["blocks"]])
 
 
 @torch.no_grad()
@@ -129,7 +135,7 @@ def quantize_(
     generator = torch.Generator().manual_seed(seed)
     names = list(quantizable_layers(model.teacher))
     scores = layer_scores(model.aligned_features(images) for images in scoring_images)
-    bits = allocation.allot(names, scores)
+    bits = allocation.allot(names, scores.literal)
     encoder = dict.fromkeys(quantizable_layers(model.ae), allocation.autoencoder_bits)
     plan = [(model.teacher, bits), (model.student, bits), (model.ae, encoder)]
     float_blocks = {name: deepcopy(model.blocks(getattr(model, name))) for name in ("teacher", "student")}
@@ -147,7 +153,8 @@ def quantize_(
         for name, reference in float_blocks.items():
             blocks = model.blocks(getattr(model, name))
             reports += reconstruct_(name, blocks, reference, torch.cat(windows), reconstruction, generator)
-    return Outcome(dict(zip(names, scores, strict=True)), reports)
+    literal, misalignment = (dict(zip(names, values, strict=True)) for values in scores)
+    return Outcome(literal, misalignment, reports)
 
 
 def _random_windows(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:

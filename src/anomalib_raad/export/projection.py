@@ -42,7 +42,8 @@ def project_(model: RaadModel, channels: int, seed: int = 0) -> None:
     )
     _project_(student, torch.block_diag(directions, directions))
     _project_(autoencoder, directions)
-    model.teacher_mean, model.teacher_std = torch.zeros(1, channels, 1, 1), torch.ones(1, channels, 1, 1)
+    mean = model.teacher_mean.new_zeros(1, channels, 1, 1)
+    model.teacher_mean, model.teacher_std = mean, mean + 1
     model.out_channels = channels
 
 

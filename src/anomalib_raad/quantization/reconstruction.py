@@ -134,7 +134,7 @@ def reconstruct_(
         target = _apply(float_block, wanted)
         layers = {f"{name}.{layer_name}": layer for layer_name, layer in quantizable_layers(block).items()}
         if any(layer.bits < 8 for layer in layers.values()):
-            weights = torch.ones(1, target.shape[1], 1, 1)
+            weights = torch.ones(1, target.shape[1], 1, 1, device=target.device)
             if settings.fisher:
                 weights = fisher_weights(reference[number + 1 :], target, generator)
             reports.append(_reconstruct_block_(block, layers, given, target, weights, settings, generator))
@@ -201,7 +201,7 @@ def fisher_weights(
         y = z
         for block in rest:
             y = block(y)
-        squares = torch.zeros(z.shape[1])
+        squares = torch.zeros(z.shape[1], device=z.device)
         for _ in range(probes):
             eps = torch.randn(y.shape, generator=generator).to(y)
             (gradient,) = torch.autograd.grad(y, z, eps, retain_graph=True)

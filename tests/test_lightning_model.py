@@ -190,7 +190,7 @@ def test_penalty_and_plain_maps(cell_data, small_raad, engine, cells) -> None:
     assert torch.equal(model.model.map_quantiles, torch.tensor([[0.0, 0.1], [0.0, 0.1]]))
 
 
-def test_grey_rgba_16_bit_and_rectangular_images(tmp_path, engine) -> None:
+def test_grey_rgba_16_bit_and_rectangular_images(tmp_path, small_raad, engine) -> None:
     """Whatever anomalib's reader delivers trains and predicts, at an image size that is not square."""
     root = tmp_path / "images"
     root.mkdir()
@@ -203,7 +203,7 @@ def test_grey_rgba_16_bit_and_rectangular_images(tmp_path, engine) -> None:
         name="mixed", root=tmp_path, normal_dir="images", train_batch_size=2, eval_batch_size=1, num_workers=0,
         test_split_mode="none", val_split_mode="from_train", val_split_ratio=0.25, seed=0,
     )  # fmt: skip
-    model = Raad(pre_processor=Raad.configure_pre_processor((64, 96)), visualizer=False)
+    model = small_raad(pre_processor=Raad.configure_pre_processor((64, 96)))
     runner = engine(max_steps=2, logger=False)
     runner.fit(model, datamodule=data)
     predictions = runner.predict(model, data_path=root)

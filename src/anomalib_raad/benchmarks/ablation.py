@@ -18,6 +18,7 @@ import pandas as pd
 from anomalib.callbacks import ModelCheckpoint
 from anomalib.data import AnomalibDataModule
 from anomalib.engine import Engine
+from anomalib.metrics import AUPRO, AUROC, AnomalibMetric, Evaluator
 from jsonargparse import auto_cli
 from lightning.pytorch import seed_everything
 
@@ -92,7 +93,12 @@ def measure(
                 if row == _LONGER:
                     options |= {"train_steps": steps - 1, "finetune_steps": 1}
                 seed_everything(seed)
-                model = Raad(visualizer=False, post_processor=SquashingPostProcessor(), **options)
+                metrics: list[AnomalibMetric] = [
+                    AUROC(fields=["pred_score", "gt_label"], prefix="image_"),
+                    AUPRO(fields=["anomaly_map", "gt_mask"], prefix="pixel_", strict=False),
+                ]
+                evaluator, post_processor = Evaluator(test_metrics=metrics), SquashingPostProcessor()
+                model = Raad(visualizer=False, evaluator=evaluator, post_processor=post_processor, **options)
                 scores = _run(model, data, steps, precision, folder, trained)
                 cell.path(results).write_text(json.dumps(cell._asdict() | scores))
                 logger.info("%s: %s", cell, scores)

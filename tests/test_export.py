@@ -116,8 +116,9 @@ def test_packed_weights_are_smaller_and_exact(finished: Raad, images: torch.Tens
     assert sizes[1] - sizes[0] == pytest.approx(conv2 * 6 / 8 + conv3 * 4 / 8, abs=1000)
 
 
-def test_openvino_inferencer(finished: Raad, cells, tmp_path) -> None:
+def test_openvino_inferencer(finished: Raad, cells, tmp_path, monkeypatch) -> None:
     """anomalib's own inferencer, on a file."""
+    monkeypatch.chdir(tmp_path)  # it keeps compiled models in a folder of the working directory
     path = min(cells.glob("bad/*"))
     inferencer = OpenVINOInferencer(finished.to_openvino(tmp_path), config={"INFERENCE_PRECISION_HINT": "f32"})
     prediction = inferencer.predict(path)

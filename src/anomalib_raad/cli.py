@@ -8,7 +8,6 @@ from pathlib import Path
 from jsonargparse import auto_cli
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
-from .benchmarks.comparison import compare
 from .teacher.distillation import Distillation, PhotoFolder
 from .teacher.weights import save_teacher
 
@@ -57,6 +56,8 @@ def main() -> None:
     if command == "distill":
         distill(arguments)
     elif command == "compare":
+        from .benchmarks.comparison import compare  # noqa: PLC0415  # plotting libraries that nothing else needs
+
         sys.exit(min(1, auto_cli(compare, args=arguments, as_positional=False, prog="anomalib-raad compare")))
     else:
         sys.stdout.write(USAGE)

@@ -391,8 +391,8 @@ class Raad(AnomalibModule):
         figures = dict(zip(["held_out_map_st", "held_out_map_ae"], values.mean(axis=1).tolist(), strict=True))
         if len(images) > 1 and len({image.shape for image in images}) == 1:
             st, ae = torch.cat(maps, dim=1)
-            figures["attention_bias_st"] = attention_bias(torch.cat(images), st)
-            figures["attention_bias_ae"] = attention_bias(torch.cat(images), ae)
+            seen = torch.cat(images)
+            figures |= {"attention_bias_st": attention_bias(seen, st), "attention_bias_ae": attention_bias(seen, ae)}
         return figures
 
     # ----------------------------------------------------------------------------------------------------- helpers

@@ -143,8 +143,8 @@ class RaadModel(nn.Module):
         image = _channels_last(image)
         augmented = _channels_last(augment(image))
         with torch.no_grad():
-            known = describe(self.teacher, image) if teacher_features is None else teacher_features
-            target, augmented_target = (self._normalize(x) for x in (known, describe(self.teacher, augmented)))
+            known = self.teacher_features(image) if teacher_features is None else teacher_features
+            target, augmented_target = self._normalize(known), self.normalized_teacher(augmented)
 
         student = describe(self.student, augmented, to_autoencoder)
         autoencoder = self.autoencode(augmented, student.shape[-2:])
@@ -168,7 +168,7 @@ class RaadModel(nn.Module):
         student = describe(self.student, image)
         to_teacher, to_autoencoder = student[:, : self.out_channels], student[:, self.out_channels :]
         differences = (
-            squared_difference(self._normalize(describe(self.teacher, image)), to_teacher),
+            squared_difference(self.normalized_teacher(image), to_teacher),
             squared_difference(self.autoencode(image, student.shape[-2:]), to_autoencoder),
         )
         map_st, map_ae = (self._resize(d.mean(dim=1, keepdim=True), size) for d in differences)

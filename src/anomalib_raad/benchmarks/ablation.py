@@ -11,20 +11,21 @@ import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import matplotlib.pyplot as plt
 import pandas as pd
 from anomalib.callbacks import ModelCheckpoint
 from anomalib.data import AnomalibDataModule
 from anomalib.engine import Engine
-from anomalib.metrics import AUPRO, AUROC, AnomalibMetric, Evaluator
+from anomalib.metrics import Evaluator
 from jsonargparse import auto_cli
 from lightning.pytorch import seed_everything
 
 from anomalib_raad import Raad
 
 from .scores import SquashingPostProcessor
+from .testing import ranking_metrics, set_up_
 
 logger = logging.getLogger(__name__)
 
@@ -42,15 +43,6 @@ ROWS: dict[str, dict[str, Any]] = {
     "HQS, student not restored": {"restore_student": False},
 }
 """Options of Raad for each row; the longer baseline spends the steps of fine-tuning on further training."""
-
-
-class _Cell(NamedTuple):
-    data: str
-    row: str
-    seed: int
-
-    def path(self, results: Path) -> Path:
-        return results / f"{self.data}-{self.row.replace(', ', '-').replace(' ', '_')}-{self.seed}.json"
 
 
 def measure(
@@ -79,29 +71,23 @@ def measure(
         msg = f"unknown rows {sorted(unknown)}; the rows are {list(ROWS)}"
         raise ValueError(msg)
     results.mkdir(parents=True, exist_ok=True)
-    data.setup()
-    data.test_data = data.test_data.subsample(range(0, len(data.test_data), every))
-    name = "-".join(filter(None, [data.name, getattr(data, "category", "")]))
+    name = set_up_(data, every)
     first = next(iter(ROWS))
     for seed in seeds:
         trained = None
         for row in [first, *(row for row in rows if row != first)]:
-            cell = _Cell(name, row, seed)
-            folder = results / "runs" / cell.path(results).stem
-            if not cell.path(results).exists():
+            path = results / f"{name}-{row.replace(', ', '-').replace(' ', '_')}-{seed}.json"
+            folder = results / "runs" / path.stem
+            if not path.exists():
                 options = ROWS[row] | {"calibration_images": calibration_images}
                 if row == _LONGER:
                     options |= {"train_steps": steps - 1, "finetune_steps": 1}
                 seed_everything(seed)
-                metrics: list[AnomalibMetric] = [
-                    AUROC(fields=["pred_score", "gt_label"], prefix="image_"),
-                    AUPRO(fields=["anomaly_map", "gt_mask"], prefix="pixel_", strict=False),
-                ]
-                evaluator, post_processor = Evaluator(test_metrics=metrics), SquashingPostProcessor()
+                evaluator, post_processor = Evaluator(test_metrics=ranking_metrics()), SquashingPostProcessor()
                 model = Raad(visualizer=False, evaluator=evaluator, post_processor=post_processor, **options)
                 scores = _run(model, data, steps, precision, folder, trained)
-                cell.path(results).write_text(json.dumps(cell._asdict() | scores))
-                logger.info("%s: %s", cell, scores)
+                path.write_text(json.dumps({"data": name, "row": row, "seed": seed} | scores))
+                logger.info("%s: %s", path.stem, scores)
             if row == first:
                 trained = folder / "trained.ckpt"
 

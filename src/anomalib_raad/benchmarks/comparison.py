@@ -1,7 +1,7 @@
 """Models side by side on the same data: every model of a YAML file on every data set with every seed.
 
-    anomalib-raad compare --config configs/compare_local.yaml --check true
-    anomalib-raad compare --config configs/compare_local.yaml
+    anomalib-raad compare --config configs/compare_quick.yaml --check true
+    anomalib-raad compare --config configs/compare_quick.yaml
 
 Each finished cell is a file, so an interrupted comparison goes on where it stopped, and a failed cell is reported and
 tried again the next time. The test images are only measured.
@@ -172,7 +172,7 @@ def write_tables(results: Path) -> None:
     """Write all cells as CSV, mean and range over seeds as Markdown, and a figure of image AUROC."""
     cells = [json.loads(path.read_text()) for path in sorted(results.glob("*.json"))]
     frame = pd.DataFrame([cell for cell in cells if "error" not in cell])
-    frame.drop(columns="traceback", errors="ignore").to_csv(results / "comparison.csv", index=False)
+    frame.to_csv(results / "comparison.csv", index=False)
     columns = [name for name in METRICS if name in frame]
     grouped = frame.groupby(["data", "model"])[columns]
     table = Table("data", "model", "seeds", *columns)

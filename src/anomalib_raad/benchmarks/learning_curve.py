@@ -20,7 +20,6 @@ import torch
 from anomalib.callbacks import ModelCheckpoint
 from anomalib.data import AnomalibDataModule
 from anomalib.engine import Engine
-from anomalib.metrics import AUPRO, AUROC
 from anomalib.models import EfficientAd
 from anomalib.models.components import AnomalibModule
 from jsonargparse import auto_cli
@@ -30,7 +29,8 @@ from lightning.pytorch.callbacks import Callback
 from anomalib_raad import Raad
 from anomalib_raad.initialization import AUTOENCODER_STEPS
 
-from .scores import squash
+from .scores import SquashingPostProcessor
+from .testing import ranking_metrics, set_up_
 
 RESULTS = Path("results/learning_curve")
 
@@ -87,16 +87,13 @@ def _test(module: Any, datamodule: Any) -> dict[str, float]:  # noqa: ANN401
         module.normalize_maps()
     else:
         module.model.quantiles.update(module.map_norm_quantiles(datamodule.val_dataloader()))
-    metrics = [
-        AUROC(fields=["pred_score", "gt_label"], prefix="image_"),
-        AUPRO(fields=["anomaly_map", "gt_mask"], prefix="pixel_", strict=False),
-    ]
+    metrics, squashing = ranking_metrics(), SquashingPostProcessor()
     for batch in datamodule.test_dataloader():
         batch.image = module.pre_processor.transform(batch.image)
         if batch.gt_mask is not None:
             batch.gt_mask = module.pre_processor.transform(batch.gt_mask)
         predicted = module.validation_step(batch)
-        predicted.pred_score, predicted.anomaly_map = squash(predicted.pred_score), squash(predicted.anomaly_map)
+        squashing.post_process_batch(predicted)
         for metric in metrics:
             metric.update(predicted)
     return {str(metric.name): float(metric.compute()) for metric in metrics if metric.update_called}
@@ -125,9 +122,7 @@ def measure(
         results: Folder for the curves.
     """
     results.mkdir(parents=True, exist_ok=True)
-    data.setup()
-    data.test_data = data.test_data.subsample(range(0, len(data.test_data), every))
-    dataset = "-".join(filter(None, [data.name, getattr(data, "category", "")]))
+    dataset = set_up_(data, every)
     last = max(AUTOENCODER_STEPS, steps[-1])  # a shorter stage would shorten the start, too
     for seed in seeds:
         path = results / f"{dataset}-{name}-{seed}.json"

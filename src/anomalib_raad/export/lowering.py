@@ -5,31 +5,23 @@ its input a FakeQuantize with 256 levels. A grid of b bits is part of such a gri
 cutting it off at its largest value first.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 
 import torch
 import torch.ao.quantization.fx._decomposed  # registers the operators
 from torch import nn
 
-from anomalib_raad.quantization.layers import QuantConv2d, quantizable_layers
+from anomalib_raad.quantization.layers import QuantConv2d, computing_by, quantizable_layers
 from anomalib_raad.quantization.quantizers import input_range
 
 _ALL = slice(None)
 _DECOMPOSED = torch.ops.quantized_decomposed  # the quantization operators of exported programs
 
 
-@contextmanager
-def integer_convolutions(network: nn.Module) -> Iterator[None]:
+def integer_convolutions(network: nn.Module) -> AbstractContextManager[None]:
     """Let the quantized convolutions of a network compute by :class:`_IntegerConvolution` while the context is open."""
-    layers = [layer for layer in quantizable_layers(network).values() if layer.bits]
-    for layer in layers:
-        vars(layer)["forward"] = _IntegerConvolution(layer)
-    try:
-        yield
-    finally:
-        for layer in layers:
-            del vars(layer)["forward"]
+    layers = quantizable_layers(network).values()
+    return computing_by({layer: _IntegerConvolution(layer) for layer in layers if layer.bits})
 
 
 class _IntegerConvolution:

@@ -47,12 +47,7 @@ def _convert(module: AnomalibModule, input_size: tuple[int, int] | None) -> open
     example = get_example_input(input_size, shapes).to(module.device)
     names = [name for name, value in module(example)._asdict().items() if value is not None]
     with integer_convolutions(module):
-        program = torch.export.export(
-            module,
-            (example,),
-            dynamic_shapes=shapes,
-            strict=False,
-        )
+        program = torch.export.export(module, (example,), dynamic_shapes=shapes, strict=False)
     model = openvino.convert_model(program)
     model.inputs[0].get_tensor().set_names({"input"})
     for output, name in zip(model.outputs, names, strict=True):

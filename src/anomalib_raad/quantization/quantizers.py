@@ -63,13 +63,12 @@ class _StraightThrough(torch.autograd.Function):
         clipped = position.clamp(low, high)
         inside = clipped == position if any(ctx.needs_input_grad) else None
         rounded = clipped.round_().sub_(zero_point)
+        saved = [inside]
         if inside is not None and ctx.needs_input_grad[1]:
             # d(rounded * step) / d step, where x, and so x / step, passes straight through the rounding
-            slope = rounded - inside * position.sub_(zero_point)
-            ctx.save_for_backward(inside, slope)
+            saved.append(rounded - inside * position.sub_(zero_point))
             ctx.step_shape = step.shape
-            return (rounded * step).to(x.dtype)
-        ctx.save_for_backward(inside)
+        ctx.save_for_backward(*saved)
         return rounded.mul_(step).to(x.dtype)
 
     @staticmethod

@@ -138,21 +138,22 @@ def quantize_(
     bits = allocation.allot(names, scores.literal)
     encoder = dict.fromkeys(quantizable_layers(model.ae), allocation.autoencoder_bits)
     plan = [(model.teacher, bits), (model.student, bits), (model.ae, encoder)]
-    float_blocks = {name: deepcopy(model.blocks(getattr(model, name))) for name in ("teacher", "student")}
+    reconstructed = ("teacher", "student") if reconstruction.iterations else ()
+    float_blocks = {name: deepcopy(model.blocks(getattr(model, name))) for name in reconstructed}
 
     windows = []
     with _recorded_inputs([layer for network, _ in plan for layer in quantizable_layers(network).values()]) as inputs:
         for images in calibration_images:
             model(images)
-            windows.append(_random_windows(images, generator))
+            if reconstructed:
+                windows.append(_random_windows(images, generator))
     for network, network_bits in plan:
         for name, layer in quantizable_layers(network).items():
             layer.quantize_(network_bits[name], torch.cat(inputs[layer]))
     reports = []
-    if reconstruction.iterations:
-        for name, reference in float_blocks.items():
-            blocks = model.blocks(getattr(model, name))
-            reports += reconstruct_(name, blocks, reference, torch.cat(windows), reconstruction, generator)
+    for name, reference in float_blocks.items():
+        blocks = model.blocks(getattr(model, name))
+        reports += reconstruct_(name, blocks, reference, torch.cat(windows), reconstruction, generator)
     literal, misalignment = (dict(zip(names, values, strict=True)) for values in scores)
     return Outcome(literal, misalignment, reports)
 

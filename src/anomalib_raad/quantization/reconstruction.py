@@ -11,8 +11,7 @@ The rounding is AdaRound's: ``w = step * clip(floor(w / step) + h(v))`` with ``h
 and cut off there, and a regulariser that pushes every ``h`` to 0 or 1.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -21,7 +20,7 @@ import torch
 from torch import nn
 from tqdm import trange
 
-from .layers import QuantConv2d, quantizable_layers
+from .layers import QuantConv2d, computing_by, quantizable_layers
 from .quantizers import weight_range
 
 _STRETCH_LOW, _STRETCH_HIGH = -0.1, 1.1
@@ -58,19 +57,16 @@ class BlockReport(NamedTuple):
     learned: float
 
 
-class _Learner(nn.Module):
+class _Learner:
     """The learned rounding and input step of one layer; stands in for the layer's forward."""
 
     def __init__(self, layer: QuantConv2d) -> None:
-        super().__init__()
-        self.layer = [layer]  # in a list, so that the layer's weights are not parameters of the learner
+        self.layer = layer
         position = layer.weight.detach() / layer.weight_step
         self.floor = position.floor()
         share = (position - self.floor - _STRETCH_LOW) / (_STRETCH_HIGH - _STRETCH_LOW)
-        self.rounding = nn.Parameter(torch.logit(share))  # so that h is the share that floor has cut off
-        self.log_step = nn.Parameter(
-            torch.zeros(()),
-        )
+        self.rounding = torch.logit(share).requires_grad_()  # so that h is the share that floor has cut off
+        self.log_step = torch.zeros((), device=share.device, requires_grad=True)
 
     def h(self) -> torch.Tensor:
         stretched = torch.sigmoid(self.rounding) * (_STRETCH_HIGH - _STRETCH_LOW) + _STRETCH_LOW
@@ -80,30 +76,18 @@ class _Learner(nn.Module):
         """Zero when every ``h`` is 0 or 1."""
         return (1 - (2 * self.h() - 1).abs().pow(beta)).sum()
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        (layer,) = self.layer
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        layer = self.layer
         weight = (self.floor + self.h()).clamp(*weight_range(layer.bits)) * layer.weight_step
         return layer.convolve(layer.quantized_input(x, self.log_step.exp()), weight, layer.bias)
 
     @torch.no_grad()
     def harden_(self) -> None:
         """Write the decision into the layer: its weights are points of its grid from now on."""
-        (layer,) = self.layer
+        layer = self.layer
         up = (self.h() >= 0.5).to(self.floor)  # rounding up or down
         layer.weight.copy_((self.floor + up).clamp(*weight_range(layer.bits)) * layer.weight_step)
         layer.input_step.mul_(self.log_step.exp())
-
-
-@contextmanager
-def _learning(layers: Sequence[QuantConv2d]) -> Iterator[list[_Learner]]:
-    learners = [_Learner(layer) for layer in layers]
-    for layer, learner in zip(layers, learners, strict=True):
-        vars(layer)["forward"] = learner.forward
-    try:
-        yield learners
-    finally:
-        for layer in layers:
-            del vars(layer)["forward"]
 
 
 def reconstruct_(
@@ -152,7 +136,8 @@ def _reconstruct_block_(
     generator: torch.Generator,
 ) -> BlockReport:
     nearest, before = _error(block, given, target, weights), deepcopy(block.state_dict())
-    with _learning(list(layers.values())) as learners, torch.enable_grad():
+    learners = [_Learner(layer) for layer in layers.values()]
+    with computing_by(dict(zip(layers.values(), learners, strict=True))), torch.enable_grad():
         optimizer = torch.optim.Adam(
             [
                 {"params": [learner.rounding for learner in learners], "lr": settings.rounding_lr},

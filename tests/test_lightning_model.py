@@ -19,7 +19,7 @@ from anomalib_raad.quantization.layers import quantizable_layers
 from anomalib_raad.teacher.weights import load_teacher_
 
 STEPS = 9  # 5 of stage 1, 4 of stage 3; an epoch over 4 kept images ends within each stage
-OPTIONS = {"bits": {"conv2": 4}, "reconstruction_iterations": 2}
+OPTIONS = {"bits": {"conv2": 4}, "reconstruction_iterations": 2, "learn_steps": True}
 
 
 class SaveEveryStep(ModelCheckpoint):
@@ -95,6 +95,35 @@ def test_weights_lie_on_their_grids(uninterrupted) -> None:
         quantized = layer.quantized_weight().detach() / layer.weight_step
         torch.testing.assert_close(quantized, quantized.round(), rtol=0, atol=1e-4)
         assert quantized.round().abs().max() <= 2 ** (layer.bits - 1)
+
+
+def test_fine_tuning_learns_the_steps_of_student_and_autoencoder(uninterrupted) -> None:
+    folder, model = uninterrupted
+    before = torch.load(next(folder.rglob("quantized.ckpt")), weights_only=True)["state_dict"]
+    moved = {
+        name
+        for name, value in weights(model).items()
+        if name.endswith("_step") and not torch.equal(value, before[name])
+    }
+    layers = [f"model.{name}" for name in quantizable_layers(model.model)]
+    learned = {f"{layer}.{step}" for layer in layers for step in ("weight_step", "input_step")}
+    learned -= {name for name in learned if "teacher" in name}
+    assert moved == learned - {"model.student.conv1.input_step", "model.ae.encoder.enconv1.input_step"}
+    assert not any(buffer.requires_grad for buffer in model.buffers())
+
+
+def test_fine_tuning_in_float(uninterrupted, cell_data, small_raad, engine) -> None:
+    folder, _ = uninterrupted
+    path = next(folder.rglob("quantized.ckpt"))
+    model = small_raad(bits=4, finetune_float=True, finetune_lr=1e-12)
+    engine(max_steps=STEPS, logger=False).fit(model, datamodule=cell_data(), ckpt_path=path)
+    assert not model.model.quantized
+    quantized = Raad.load_from_checkpoint(path).model
+    for name, layer in quantizable_layers(quantized).items():
+        if not name.endswith("conv1"):  # whose normalisation is folded
+            weight = model.model.get_submodule(name).weight
+            # The checkpoint's own learning rate, 1e-6, serves for one more step.
+            torch.testing.assert_close(weight, layer.quantized_weight(), rtol=0, atol=2e-6, msg=name)
 
 
 def test_the_last_checkpoint_holds_the_finished_model(uninterrupted, cell_data, engine) -> None:
@@ -234,6 +263,7 @@ def test_an_unfinished_run_is_announced(cell_data, small_raad, engine, caplog) -
         ({"lr_decay": 1.5}, "lr_decay is 1.5; a share from 0 to 1"),
         ({"bits": 5}, "bits is 5; RAAD quantizes to 2, 3, 4, 8 bits"),
         ({"bits": {"conv7": 4}}, r"unknown layers \['conv7'\]"),
+        ({"average_bits": 3.0}, "average_bits is 3.0; with first_last_bits 8 at least 6"),
         ({"model_size": "large"}, "model_size is 'large'"),
     ],
 )

@@ -149,6 +149,9 @@ def test_quantizing_a_first_layer_folds_the_normalisation_into_it(padding: int) 
         torch.testing.assert_close(layer(images + 0.4 / 255), quantized, rtol=0, atol=1e-5)
     with pytest.raises(ValueError, match="quantized already"):
         layer.quantize_(8)
+    quantized = layer(images)
+    layer.dequantize_()
+    torch.testing.assert_close(layer(images), quantized, rtol=0, atol=0.05 if padding else 1e-5)
 
 
 @pytest.mark.parametrize("size", ["small", "medium"])

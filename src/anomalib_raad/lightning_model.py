@@ -32,8 +32,8 @@ from .data.training import NormalImages
 from .export.projection import project_
 from .initialization import AUTOENCODER_STEPS, start_in_closed_form_
 from .pre_processing import RaadPreProcessor
-from .quantization.layers import quantizable_layers
-from .quantization.recipe import DEFAULT_THRESHOLDS, Allocation, Outcome, model_bytes, quantize_
+from .quantization.layers import learned_steps, quantizable_layers
+from .quantization.recipe import DEFAULT_THRESHOLDS, Allocation, Outcome, aligned_weights, model_bytes, quantize_
 from .quantization.reconstruction import Reconstruction
 from .report import write_report
 from .stages import Schedule, Stage
@@ -79,11 +79,17 @@ class Raad(AnomalibModule):
         normalize_maps: Normalise the two maps by their quantiles on held-out normal images before averaging them.
         bits: ``None`` lets HQS choose; a number quantizes every inner layer of teacher and student to as many bits; a
             mapping names the bits of single layers.
+        average_bits: HQS chooses by rank instead of thresholds, so that a weight of teacher and student has at most so
+            many bits on average.
         first_last_bits: Bits of the first and last layer of teacher and student.
         autoencoder_bits: Bits of the autoencoder.
         hqs_thresholds: Limits of phi: scores below the first get 2 bits, then 3, 4, and from the last on 8.
         reconstruction_iterations: Optimizer steps in which a block of teacher or student learns its rounding (BRECQ);
             0 rounds to the nearest grid point. Blocks of 8 bits are always rounded to the nearest.
+        learn_steps: Stage 3 learns the quantizers' steps beside the weights (LSQ), at the same learning rate; a step of
+            stage 3 then takes 1.15 times as long.
+        finetune_float: Stage 3 goes on in floating point from the quantized weights, and the finished model is not
+            quantized: the paper can be read so.
         fisher: Weigh the channels of a block's output by their Fisher information, Eq. 3; otherwise all alike.
         closed_form_start: Start with a hundred steps of the autoencoder alone and the student's last layer solved by
             ridge regression onto what it is to learn, instead of at random: few steps are then enough.
@@ -128,11 +134,14 @@ class Raad(AnomalibModule):
         penalty_dir: str | Path | None = None,
         normalize_maps: bool = True,
         bits: int | dict[str, int] | None = None,
+        average_bits: float | None = None,
         first_last_bits: int = 8,
         autoencoder_bits: int = 8,
         hqs_thresholds: tuple[float, float, float] = DEFAULT_THRESHOLDS,
         reconstruction_iterations: int = 300,
         fisher: bool = True,
+        learn_steps: bool = False,
+        finetune_float: bool = False,
         closed_form_start: bool = True,
         restore_student: bool = True,
         held_out: float = 0.1,
@@ -156,13 +165,15 @@ class Raad(AnomalibModule):
             msg = f"lr_decay is {lr_decay}; a share from 0 to 1 is needed"
             raise ValueError(msg)
         self.model = RaadModel(model_size=model_size, padding=padding, p_hard=p_hard)
-        self.allocation = Allocation(bits, first_last_bits, autoencoder_bits, hqs_thresholds)
-        self.allocation.check_names(list(quantizable_layers(self.model.teacher)))
+        self.allocation = Allocation(bits, first_last_bits, autoencoder_bits, hqs_thresholds, average_bits)
+        weights = aligned_weights(self.model)
+        self.allocation.allot(dict.fromkeys(weights, 0.0), weights)  # raises now what would stop the run at stage 2
         self.reconstruction = Reconstruction(reconstruction_iterations, fisher=fisher)
         self.lambdas = {"st": lambda_st, "stae": lambda_stae, "ae": lambda_ae, "penalty": 1.0}
         self.schedule = Schedule(train_steps, finetune_steps)
         self._outcome = Outcome({}, {}, [])
         self._stages: dict[str, dict[str, Any]] = {}
+        self._steps: list[torch.Tensor] = []
         self._penalty: PenaltyImages | None = None
         self._teacher_features = FeatureCache(self.model.teacher_features)
         self._batches = 0
@@ -240,7 +251,13 @@ class Raad(AnomalibModule):
         """Adam on student and autoencoder, with a learning rate for each stage."""
         options = self.hparams
         parameters = [*self.model.student.parameters(), *self.model.ae.parameters()]
-        optimizer = torch.optim.Adam(parameters, lr=options["lr"], weight_decay=options["weight_decay"])
+        self._steps = [*learned_steps(self.model.student), *learned_steps(self.model.ae)]
+        for step in self._steps:
+            step.requires_grad_(options["learn_steps"])
+        optimizer = torch.optim.Adam(
+            [{"params": parameters, "weight_decay": options["weight_decay"]}, {"params": self._steps}],
+            lr=options["lr"],
+        )
 
         def factor(step: int) -> float:
             stage_factor = (
@@ -256,12 +273,17 @@ class Raad(AnomalibModule):
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Quantize when the first step of stage 3 is due."""
         del batch, batch_idx
-        if self.schedule.stage(self.global_step) is Stage.FINE_TUNE and not self.model.quantized:
+        if self.schedule.stage(self.global_step) is Stage.TRAIN:
+            return
+        if "quantized" not in self._stages:
+            self._teacher_features.clear()
             self._end_stage("trained", self.global_step)
             self._once(self._quantize)
-            self._teacher_features.clear()
             self.trainer.optimizers[0].state.clear()  # stage 3 starts with a fresh Adam
             self._end_stage("quantized", self.global_step)
+        if self.hparams["finetune_float"] and self.model.quantized:
+            for layer in quantizable_layers(self.model).values():
+                layer.dequantize_()
 
     def training_step(self, batch: Batch, batch_idx: int) -> STEP_OUTPUT:
         """Compute the loss of Eq. 6 and log its terms."""
@@ -283,6 +305,9 @@ class Raad(AnomalibModule):
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Stop before a gradient that is not finite can spoil the weights."""
+        for step in self._steps:
+            if step.grad is not None:  # DDP averages the gradients of parameters only
+                step.grad = self.trainer.strategy.reduce(step.grad, reduce_op="mean")
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
         if not torch.isfinite(norm):
@@ -299,6 +324,9 @@ class Raad(AnomalibModule):
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401
         """Step, and finish the model in the last step, before any callback can save a checkpoint of it."""
         super().optimizer_step(*args, **kwargs)
+        with torch.no_grad():
+            for step in self._steps:
+                step.clamp_(min=torch.finfo(step.dtype).tiny)
         if self.global_step + 1 == self.schedule.total:
             self._end_stage("fine_tuned", self.global_step + 1)
             if self.trainer.is_global_zero and not self.trainer.fast_dev_run:
@@ -339,6 +367,8 @@ class Raad(AnomalibModule):
         """Give the datamodule its own training loader back."""
         if stage == "fit":
             self._teacher_features.clear()
+            while self._steps:
+                self._steps.pop().requires_grad_(False)  # noqa: FBT003
             self._images.release()
             del self._images  # it refers to the datamodule, which must not be pickled with the model
 

@@ -29,8 +29,8 @@ def write_report(folder: Path, model: RaadModel, outcome: Outcome, stages: Seque
             "input_bits": layer.input_bits,
             "weights": layer.weight.numel(),
             "bytes": layer.weight.numel() * layer.bits // 8,
-            "mean_weight_step": float(layer.weight_step.mean()),
-            "input_step": float(layer.input_step),
+            "mean_weight_step": layer.weight_step.mean().item(),
+            "input_step": layer.input_step.item(),
             "score": outcome.scores.get(name) if network != "autoencoder" else None,
             "misalignment": outcome.misalignment.get(name) if network != "autoencoder" else None,
         }

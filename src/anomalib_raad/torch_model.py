@@ -285,25 +285,42 @@ class ImageConv2d(QuantConv2d):
     image that is padded is padded with the grey that normalisation would turn into 0, rounded to 8 bits.
     """
 
+    bias: nn.Parameter  # every first layer of PDN and autoencoder has one
+
     def quantize_(self, bits: int, inputs: torch.Tensor | None = None) -> None:
         """Fold the normalisation, choose the weights' grid; the input's is ``k / 255``, whatever ``inputs`` are."""
         del inputs
         if self.bits:
             msg = "the layer is quantized already; a second time would fold the normalisation twice"
             raise ValueError(msg)
-        assert self.bias is not None  # noqa: S101  # every layer of PDN and autoencoder has one
-        zero = imagenet_norm_batch(torch.zeros(1, self.in_channels, 1, 1).to(self.weight))  # black: -mean / std
-        slope = imagenet_norm_batch(torch.ones_like(zero)) - zero  # 1 / std
-        self.bias.add_((self.weight * zero).sum((1, 2, 3)))
+        black, slope = self._normalisation()
+        self.bias.add_((self.weight * black).sum((1, 2, 3)))
         self.weight.mul_(slope)
         super().quantize_(bits, None)
         self.input_step.fill_(1 / 255)
         self.input_bits = 8
 
+    @torch.no_grad()
+    def dequantize_(self) -> None:
+        """As in other layers; the image is normalised before the convolution again."""
+        super().dequantize_()
+        black, slope = self._normalisation()
+        self.weight.div_(slope)
+        self.bias.sub_((self.weight * black).sum((1, 2, 3)))
+
+    def _normalisation(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """What black becomes, -mean / std, and the slope, 1 / std, each of shape ``(1, 3, 1, 1)``."""
+        black = imagenet_norm_batch(torch.zeros(1, self.in_channels, 1, 1).to(self.weight))
+        return black, imagenet_norm_batch(torch.ones_like(black)) - black
+
     def quantized_input(self, x: torch.Tensor, scale: torch.Tensor | float = 1.0) -> torch.Tensor:
         """As in other layers, but the image's step is not up for learning."""
         del scale
         return super().quantized_input(x)
+
+    def learned_steps(self) -> list[torch.Tensor]:
+        """Only the weights' steps: the image's are given."""
+        return [self.weight_step]
 
     def prepare(self, x: torch.Tensor) -> torch.Tensor:
         """Normalise the image; in a quantized layer pad it, since weights and bias normalise it."""

@@ -10,7 +10,7 @@ from anomalib_raad.benchmarks import ablation
 def test_rows_share_the_first_stage_and_the_steps(cell_data, small_raad, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(ablation, "Raad", small_raad)
     results = tmp_path / "ablation"
-    rows = ["longer baseline", "HQS, nearest rounding"]
+    rows = ["longer baseline", "HQS", "HQS, in float", "LSQ 8/8"]
 
     def measure() -> None:
         ablation.measure(cell_data(), 4, seeds=[3], rows=rows, calibration_images=2, results=results)
@@ -18,14 +18,16 @@ def test_rows_share_the_first_stage_and_the_steps(cell_data, small_raad, tmp_pat
     measure()
     cells = {path: json.loads(path.read_text()) for path in results.glob("*.json")}
     assert {cell["row"] for cell in cells.values()} == {"uniform 8", *rows}
-    assert all(0 <= cell["model"]["image_AUROC"] <= 1 for cell in cells.values())
+    tested = {cell["row"]: list(cell)[3:] for cell in cells.values()}
+    assert tested["uniform 8"] == ["model", "quantized", "trained"]
+    assert tested["HQS, in float"] == ["model"]
 
     def checkpoint(row: str, stage: str) -> dict:
         return torch.load(results / "runs" / f"cells-{row}-3" / f"{stage}.ckpt", weights_only=True)
 
     first = checkpoint("uniform_8", "trained")
     assert first["global_step"] == 2
-    shared = checkpoint("HQS-nearest_rounding", "trained")["state_dict"]
+    shared = checkpoint("LSQ_8_8", "trained")["state_dict"]
     weights = {name: value for name, value in first["state_dict"].items() if name.endswith(("weight", "bias"))}
     assert len(weights) > 40
     assert all(torch.equal(shared[name], value) for name, value in weights.items())
@@ -38,7 +40,12 @@ def test_rows_share_the_first_stage_and_the_steps(cell_data, small_raad, tmp_pat
 
     ablation.table(results)
     assert (results / "ablation.png").stat().st_size > 5_000
-    assert len(pd.read_csv(results / "ablation.csv")) == 6
+    table = pd.read_csv(results / "ablation.csv")
+    assert table["image_AUROC"].between(0, 1).all()
+    fine_tuned = ["HQS", "HQS, fine-tuned", "HQS, in float, fine-tuned", "LSQ 8/8", "LSQ 8/8, fine-tuned"]
+    assert sorted(table["row"]) == sorted(
+        ["baseline", "longer baseline", "uniform 8", "uniform 8, fine-tuned", *fine_tuned]
+    )
     lines = (results / "ablation.md").read_text().splitlines()
     assert [line.split("|")[1].strip() for line in lines[2:4]] == ["baseline", "longer baseline"]
 

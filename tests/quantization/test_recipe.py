@@ -47,6 +47,7 @@ def images() -> list[torch.Tensor]:
         (Allocation(bits={"0": 2, "1": 2, "2": 2}), [2, 2, 2]),
         (Allocation(thresholds=(0.97, 0.98, 0.99)), [8, 2, 8]),
         (Allocation(thresholds=(1e-9, 1e-8, 1e-7)), [8, 8, 8]),
+        (Allocation(average_bits=6.5), [8, 4, 8]),
     ],
 )
 def test_quantize_gives_teacher_and_student_the_same_bits(
@@ -79,6 +80,7 @@ def test_quantize_leaves_no_hooks_behind(images: list[torch.Tensor]) -> None:
         ({"autoencoder_bits": 1}, "autoencoder_bits is 1"),
         ({"thresholds": (0.5, 0.4, 0.9)}, "three increasing numbers"),
         ({"thresholds": (0.5, 0.6)}, "three increasing numbers"),
+        ({"bits": 4, "average_bits": 5.0}, "both given"),
     ],
 )
 def test_allocation__error(options: dict, message: str) -> None:
@@ -86,9 +88,9 @@ def test_allocation__error(options: dict, message: str) -> None:
         Allocation(**options)
 
 
-def test_check_names__error() -> None:
+def test_allot__error() -> None:
     with pytest.raises(ValueError, match=r"unknown layers \['conv9'\]"):
-        Allocation(bits={"conv9": 4}).check_names(["conv1", "conv2"])
+        Allocation(bits={"conv9": 4}).allot({"conv1": 0.5, "conv2": 0.5}, {"conv1": 1, "conv2": 1})
 
 
 def test_model_bytes_counts_bits_and_floats(images: list[torch.Tensor]) -> None:

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from anomalib_raad.quantization.scoring import allot_bits, layer_scores, phi
+from anomalib_raad.quantization.scoring import allot_bits, allot_by_budget, layer_scores, phi
 
 
 def slow_score(batches: list[tuple[torch.Tensor, torch.Tensor]]) -> float:
@@ -37,6 +37,27 @@ def test_phi(score: float, bits: int) -> None:
 
 def test_first_and_last_layer_are_fixed() -> None:
     assert allot_bits([0.1, 0.1, 0.6, 0.1], (0.25, 0.5, 0.75), 8) == [8, 2, 4, 8]
+
+
+@pytest.mark.parametrize(
+    ("average_bits", "bits"),
+    [
+        (8, [8, 8, 8, 8, 8]),
+        (7.9, [8, 8, 4, 8, 8]),  # the lowest score of an inner layer goes first
+        (6.0, [8, 8, 4, 4, 8]),  # (2 * 8 + 8 + 2 * 4 + 4 * 4 + 8) / 10 = 5.6
+        (5.1, [8, 4, 3, 4, 8]),
+        (3.8, [8, 2, 2, 2, 8]),
+    ],
+)
+def test_allot_by_budget(average_bits: float, bits: list[int]) -> None:
+    weights, scores = [2, 1, 2, 4, 1], [0.0, 0.9, 0.1, 0.5, 0.0]
+    assert allot_by_budget(scores, weights, average_bits, 8) == bits
+    assert sum(b * w for b, w in zip(bits, weights, strict=True)) / 10 <= average_bits
+
+
+def test_allot_by_budget__error() -> None:
+    with pytest.raises(ValueError, match=r"first_last_bits 8 at least 5\.00 are needed"):
+        allot_by_budget([0.1, 0.1, 0.1], [1, 2, 1], 4.9, 8)
 
 
 def test_misalignment_ignores_rotations_and_equals_the_definition() -> None:

@@ -3,15 +3,16 @@
     python -m anomalib_raad.benchmarks.ablation measure --data anomalib_raad.Elpv --data.category mono --steps 300
     python -m anomalib_raad.benchmarks.ablation table
 
-All rows of a data set and seed go on from the same first stage, and none takes more steps than another. Each is tested
-after quantization and at the end. The test images are only measured: nothing is chosen by them.
+All rows of a data set and seed go on from the same first stage, and none takes more steps than another. Most are tested
+after quantization and at the end. HQS chose the same bits for both inner layers wherever it was measured: a row with
+its bits at random would be the same row. The test images are only measured: nothing is chosen by them.
 """
 
 import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import matplotlib.pyplot as plt
 import pandas as pd
@@ -30,19 +31,33 @@ from .testing import ranking_metrics, set_up_
 logger = logging.getLogger(__name__)
 
 RESULTS = Path("results/ablation")
+_FIRST = "uniform 8"  # its first stage is everybody's, and the baseline
 _LONGER = "longer baseline"
-ROWS: dict[str, dict[str, Any]] = {
-    "uniform 8": {"bits": 8},  # the first: its first stage is everybody's, and the baseline
-    _LONGER: {},
-    "uniform 4": {"bits": 4},
-    "uniform 3": {"bits": 3},
-    "uniform 2": {"bits": 2},
-    "HQS": {},
-    "HQS, nearest rounding": {"reconstruction_iterations": 0},
-    "HQS, plain error": {"fisher": False},
-    "HQS, student not restored": {"restore_student": False},
+
+
+class Row(NamedTuple):
+    """Options of Raad, the row and stage whose checkpoint the fit goes on from, and the stages that are tested."""
+
+    options: dict[str, Any]
+    start: tuple[str, str] = (_FIRST, "trained")
+    tested: tuple[str, ...] = ("quantized", "model")
+
+
+ROWS = {
+    _FIRST: Row({"bits": 8}, tested=("trained", "quantized", "model")),
+    _LONGER: Row({"bits": 8, "restore_student": False}, tested=("trained",)),
+    "uniform 4": Row({"bits": 4}),
+    "uniform 3": Row({"bits": 3}),
+    "uniform 2": Row({"bits": 2}),
+    "HQS": Row({}),
+    "HQS, in float": Row({"finetune_float": True}, ("HQS", "quantized"), ("model",)),
+    "HQS, learned steps": Row({"learn_steps": True}),
+    "HQS, nearest rounding": Row({"reconstruction_iterations": 0}),
+    "HQS, plain error": Row({"fisher": False}),
+    "HQS, student not restored": Row({"restore_student": False}),
+    "LSQ 8/8": Row({"bits": 8, "learn_steps": True, "restore_student": False}),
 }
-"""Options of Raad for each row; the longer baseline spends the steps of fine-tuning on further training."""
+"""The rows; the longer baseline spends the steps of fine-tuning on further training."""
 
 
 def measure(
@@ -72,48 +87,42 @@ def measure(
         raise ValueError(msg)
     results.mkdir(parents=True, exist_ok=True)
     name = set_up_(data, every)
-    first = next(iter(ROWS))
     for seed in seeds:
-        trained = None
-        for row in [first, *(row for row in rows if row != first)]:
-            path = results / f"{name}-{row.replace(', ', '-').replace(' ', '_')}-{seed}.json"
-            folder = results / "runs" / path.stem
-            if not path.exists():
-                options = ROWS[row] | {"calibration_images": calibration_images}
-                if row == _LONGER:
-                    options |= {"train_steps": steps - 1, "finetune_steps": 1}
-                seed_everything(seed)
-                evaluator, post_processor = Evaluator(test_metrics=ranking_metrics()), SquashingPostProcessor()
-                model = Raad(visualizer=False, evaluator=evaluator, post_processor=post_processor, **options)
-                scores = _run(model, data, steps, precision, folder, trained)
-                path.write_text(json.dumps({"data": name, "row": row, "seed": seed} | scores))
-                logger.info("%s: %s", path.stem, scores)
-            if row == first:
-                trained = folder / "trained.ckpt"
+        for row in [_FIRST, *(row for row in rows if row != _FIRST)]:
+            path = _cell(results, name, row, seed)
+            if path.exists():
+                continue
+            start, stage = ROWS[row].start
+            checkpoint = None if row == _FIRST else _folder(_cell(results, name, start, seed)) / f"{stage}.ckpt"
+            options = ROWS[row].options | {"calibration_images": calibration_images}
+            if row == _LONGER:
+                options |= {"train_steps": steps - 1, "finetune_steps": 1}
+            seed_everything(seed)
+            evaluator, post_processor = Evaluator(test_metrics=ranking_metrics()), SquashingPostProcessor()
+            model = Raad(visualizer=False, evaluator=evaluator, post_processor=post_processor, **options)
+            engine = Engine(
+                max_steps=steps,
+                precision=precision,
+                accelerator="cpu",
+                logger=False,
+                default_root_dir=_folder(path),
+                callbacks=[ModelCheckpoint(_folder(path), "model", save_top_k=0, save_last=False)],
+            )
+            engine.fit(model, datamodule=data, ckpt_path=checkpoint)
+            cell: dict[str, Any] = {"data": name, "row": row, "seed": seed}
+            for stage in reversed(ROWS[row].tested):  # the finished model first: the others overwrite it
+                tested = None if stage == "model" else _folder(path) / f"{stage}.ckpt"
+                cell[stage] = dict(engine.test(model, datamodule=data, ckpt_path=tested, verbose=False)[0])
+            path.write_text(json.dumps(cell))
 
 
-def _run(
-    model: Raad,
-    data: AnomalibDataModule,
-    steps: int,
-    precision: str,
-    folder: Path,
-    trained: Path | None,
-) -> dict[str, dict[str, float]]:
-    """Fit, from the end of the first stage if that is known, and test the model of each stage."""
-    engine = Engine(
-        max_steps=steps,
-        precision=precision,
-        accelerator="cpu",
-        logger=False,
-        default_root_dir=folder,
-        callbacks=[ModelCheckpoint(folder, "model", save_top_k=0, save_last=False)],
-    )
-    engine.fit(model, datamodule=data, ckpt_path=trained)
-    scores = {"model": engine.test(model, datamodule=data, verbose=False)[0]}
-    for stage in ("trained", "quantized"):
-        scores[stage] = engine.test(model, datamodule=data, ckpt_path=folder / f"{stage}.ckpt", verbose=False)[0]
-    return {stage: dict(values) for stage, values in scores.items()}
+def _cell(results: Path, data: str, row: str, seed: int) -> Path:
+    return results / f"{data}-{row.replace(', ', '-').replace(' ', '_').replace('/', '_')}-{seed}.json"
+
+
+def _folder(cell: Path) -> Path:
+    """Where the checkpoints of a cell are."""
+    return cell.parent / "runs" / cell.stem
 
 
 def table(results: Path = RESULTS, metric: str = "image_AUROC") -> None:
@@ -123,17 +132,12 @@ def table(results: Path = RESULTS, metric: str = "image_AUROC") -> None:
         results: Folder with the cells; receives ``ablation.csv``, ``ablation.md`` and ``ablation.png``.
         metric: The metric of the Markdown table and the figure.
     """
-    cells = [json.loads(path.read_text()) for path in sorted(results.glob("*.json"))]
     records: list[dict[str, Any]] = []
-    for cell in cells:
+    for cell in (json.loads(path.read_text()) for path in sorted(results.glob("*.json"))):
+        row = cell["row"]
+        names = {"trained": "baseline" if row == _FIRST else row, "quantized": row, "model": f"{row}, fine-tuned"}
         key = {"data": cell["data"], "seed": cell["seed"]}
-        if cell["row"] == _LONGER:
-            records.append(key | {"row": _LONGER} | cell["trained"])
-            continue
-        if cell["row"] == next(iter(ROWS)):
-            records.append(key | {"row": "baseline"} | cell["trained"])
-        records.append(key | {"row": cell["row"]} | cell["quantized"])
-        records.append(key | {"row": f"{cell['row']}, fine-tuned"} | cell["model"])
+        records += [key | {"row": names[stage]} | cell[stage] for stage in ROWS[row].tested]
     frame = pd.DataFrame(records)
     frame.to_csv(results / "ablation.csv", index=False)
     order = list(dict.fromkeys(["baseline", _LONGER, *frame["row"]]))

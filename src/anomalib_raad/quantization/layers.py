@@ -82,6 +82,10 @@ class QuantConv2d(nn.Conv2d):
             return x
         return fake_quantize(x, self.input_step * scale, self.input_zero_point, *input_range(self.input_bits))
 
+    def learned_steps(self) -> list[torch.Tensor]:
+        """The steps that fine-tuning learns beside the weights (LSQ, arXiv 1902.08153)."""
+        return [self.weight_step, self.input_step]
+
     def prepare(self, x: torch.Tensor) -> torch.Tensor:
         """What comes before the input's quantizer; nothing in an ordinary layer."""
         return x
@@ -94,6 +98,12 @@ class QuantConv2d(nn.Conv2d):
     def convolve(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """The convolution itself, of what :meth:`forward` has quantized."""
         return self._conv_forward(x, weight, bias)
+
+    @torch.no_grad()
+    def dequantize_(self) -> None:
+        """Keep the quantized weights and compute in floating point from now on."""
+        self.weight.copy_(self.quantized_weight())
+        self.bits = self.input_bits = 0
 
     def set_weight_(self, weight: torch.Tensor) -> None:
         """Replace the weights and, if they are quantized, their steps."""
@@ -116,6 +126,11 @@ class QuantConv2d(nn.Conv2d):
     def extra_repr(self) -> str:
         """Show the bit-widths."""
         return f"{super().extra_repr()}, bits={self.bits}, input_bits={self.input_bits}"
+
+
+def learned_steps(network: nn.Module) -> list[torch.Tensor]:
+    """The steps of all layers of a network that fine-tuning may learn."""
+    return [step for layer in quantizable_layers(network).values() for step in layer.learned_steps()]
 
 
 def make_quantizable_(network: nn.Module) -> nn.Module:

@@ -12,7 +12,7 @@ from torch import nn
 from .layers import QuantConv2d, quantizable_layers
 from .quantizers import check_bits
 from .reconstruction import BlockReport, Reconstruction, reconstruct_
-from .scoring import allot_bits, layer_scores
+from .scoring import allot_bits, allot_by_budget, layer_scores
 
 DEFAULT_THRESHOLDS = (0.01, 0.03, 0.1)
 """Limits of phi. The paper gives none. Of all assignments to conv2 and conv3 on ELPV mono and cookies only those with 2
@@ -53,12 +53,14 @@ class Allocation:
         first_last_bits: Bits of the first and last layer of teacher and student, unless ``bits`` names them.
         autoencoder_bits: Bits of the autoencoder's layers: no teacher-student pair exists to score them.
         thresholds: Limits of phi, see :func:`~.scoring.phi`.
+        average_bits: Instead of phi, the most bits a weight of teacher and student may have on average.
     """
 
     bits: int | Mapping[str, int] | None = None
     first_last_bits: int = 8
     autoencoder_bits: int = 8
     thresholds: tuple[float, float, float] = DEFAULT_THRESHOLDS
+    average_bits: float | None = None
 
     def __post_init__(self) -> None:
         """Check every number."""
@@ -69,20 +71,34 @@ class Allocation:
         if len(self.thresholds) != 3 or not 0 < self.thresholds[0] < self.thresholds[1] < self.thresholds[2] < 1:
             msg = f"hqs_thresholds is {self.thresholds!r}; three increasing numbers between 0 and 1 are needed"
             raise ValueError(msg)
-
-    def check_names(self, names: list[str]) -> None:
-        """Raise ``ValueError`` if ``bits`` names a layer that is not among ``names``."""
-        if isinstance(self.bits, Mapping) and (unknown := set(self.bits) - set(names)):
-            msg = f"bits names the unknown layers {sorted(unknown)}; the layers are {names}"
+        if self.bits is not None and self.average_bits is not None:
+            msg = "bits and average_bits are both given; the one says what the other is to choose, give one"
             raise ValueError(msg)
 
-    def allot(self, names: list[str], scores: list[float]) -> dict[str, int]:
-        """Bits of each aligned layer of teacher and student."""
-        bits = dict(zip(names, allot_bits(scores, self.thresholds, self.first_last_bits), strict=True))
-        if isinstance(self.bits, Mapping):
-            bits.update(self.bits)
-        elif self.bits is not None:
+    def allot(self, scores: Mapping[str, float], weights: Mapping[str, int]) -> dict[str, int]:
+        """Bits of each aligned layer of teacher and student.
+
+        Args:
+            scores: Score of each layer by name, from first to last.
+            weights: Number of weights of each layer.
+
+        Raises:
+            ValueError: If ``bits`` names a layer that does not exist or ``average_bits`` is out of reach.
+        """
+        names, values = list(scores), list(scores.values())
+        if self.average_bits is not None:
+            sizes = [weights[name] for name in names]
+            chosen = allot_by_budget(values, sizes, self.average_bits, self.first_last_bits)
+        else:
+            chosen = allot_bits(values, self.thresholds, self.first_last_bits)
+        bits = dict(zip(names, chosen, strict=True))
+        if isinstance(self.bits, int):
             bits.update(dict.fromkeys(names[1:-1], self.bits))
+        elif self.bits is not None:
+            if unknown := set(self.bits) - set(names):
+                msg = f"bits names the unknown layers {sorted(unknown)}; the layers are {names}"
+                raise ValueError(msg)
+            bits.update(self.bits)
         return bits
 
 
@@ -133,9 +149,10 @@ def quantize_(
         Scores and errors.
     """
     generator = torch.Generator().manual_seed(seed)
-    names = list(quantizable_layers(model.teacher))
-    scores = layer_scores(model.aligned_features(images) for images in scoring_images)
-    bits = allocation.allot(names, scores.literal)
+    weights = aligned_weights(model)
+    found = layer_scores(model.aligned_features(images) for images in scoring_images)
+    scores, misalignment = (dict(zip(weights, values, strict=True)) for values in found)
+    bits = allocation.allot(scores, weights)
     encoder = dict.fromkeys(quantizable_layers(model.ae), allocation.autoencoder_bits)
     plan = [(model.teacher, bits), (model.student, bits), (model.ae, encoder)]
     reconstructed = ("teacher", "student") if reconstruction.iterations else ()
@@ -154,8 +171,16 @@ def quantize_(
     for name, reference in float_blocks.items():
         blocks = model.blocks(getattr(model, name))
         reports += reconstruct_(name, blocks, reference, torch.cat(windows), reconstruction, generator)
-    literal, misalignment = (dict(zip(names, values, strict=True)) for values in scores)
-    return Outcome(literal, misalignment, reports)
+    return Outcome(scores, misalignment, reports)
+
+
+def aligned_weights(model: Quantizable) -> dict[str, int]:
+    """Number of weights of each layer that teacher and student share, in both together, by name."""
+    student = quantizable_layers(model.student)
+    return {
+        name: layer.weight.numel() + student[name].weight.numel()
+        for name, layer in quantizable_layers(model.teacher).items()
+    }
 
 
 def _random_windows(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:

@@ -85,6 +85,42 @@ def phi(score: float, thresholds: Sequence[float]) -> int:
     return BITS[sum(score >= threshold for threshold in thresholds)]
 
 
+def allot_by_budget(
+    scores: Sequence[float],
+    weights: Sequence[int],
+    average_bits: float,
+    first_last_bits: int,
+) -> list[int]:
+    """Give the layers 8 bits and take bits away, from low scores first, until the average is small enough.
+
+    All inner layers go down to 4 bits, one after another, before the first goes down to 3.
+
+    Args:
+        scores: Score of each layer.
+        weights: Number of weights of each layer.
+        average_bits: Most bits a weight may have on average.
+        first_last_bits: Bits of the first and the last layer.
+
+    Raises:
+        ValueError: If 2 bits in every inner layer are still too many.
+    """
+
+    def average() -> float:
+        return sum(b * w for b, w in zip(bits, weights, strict=True)) / sum(weights)
+
+    bits = [first_last_bits, *[BITS[-1]] * (len(scores) - 2), first_last_bits]
+    by_score = sorted(range(1, len(scores) - 1), key=scores.__getitem__)
+    for fewer in reversed(BITS[:-1]):
+        for layer in by_score:
+            if average() > average_bits:
+                bits[layer] = fewer
+    if average() > average_bits:
+        least = f"with first_last_bits {first_last_bits} at least {average():.2f} are needed"
+        msg = f"average_bits is {average_bits}; {least}"
+        raise ValueError(msg)
+    return bits
+
+
 def allot_bits(scores: Sequence[float], thresholds: Sequence[float], first_last_bits: int) -> list[int]:
     """Give each layer its bits; the first and the last layer's are fixed (paper, section 4.2)."""
     bits = [phi(score, thresholds) for score in scores]

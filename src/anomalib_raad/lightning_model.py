@@ -31,6 +31,7 @@ from .data.penalty import PenaltyImages
 from .data.training import NormalImages
 from .export.projection import project_
 from .initialization import AUTOENCODER_STEPS, start_in_closed_form_
+from .post_processing import RaadPostProcessor
 from .pre_processing import RaadPreProcessor
 from .quantization.layers import learned_steps, quantizable_layers
 from .quantization.recipe import DEFAULT_THRESHOLDS, Allocation, Outcome, aligned_weights, model_bytes, quantize_
@@ -551,6 +552,10 @@ class Raad(AnomalibModule):
     def configure_pre_processor(cls, image_size: tuple[int, int] | None = None) -> PreProcessor:
         """Resize to 256x256 by default; ImageNet normalisation is part of the networks."""
         return RaadPreProcessor(transform=Compose([Resize(image_size or (256, 256), antialias=True)]))
+
+    def configure_post_processor(self) -> PostProcessor:
+        """anomalib's, with scores that are not cut off."""
+        return RaadPostProcessor()
 
     @property
     def trainer_arguments(self) -> dict[str, Any]:

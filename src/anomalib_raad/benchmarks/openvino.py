@@ -1,14 +1,18 @@
-"""What a deployed Raad costs, against anomalib's EfficientAd: latency, throughput, size, load time.
+"""What a deployed Raad costs, against anomalib's EfficientAd and PatchCore: latency, throughput, size, memory.
 
     python -m anomalib_raad.benchmarks.openvino --output openvino.json
 
 Weights do not matter for time and size, so the models are untrained; Raad's conv2 and conv3 get ``bits``. All models
 infer the same solar cell in turn in one process, so that whatever else the machine does slows all of them: quote the
-ratios. EfficientAd's INT8_PTQ is what anomalib's own export makes, calibrated on the validation cells.
+ratios. EfficientAd's INT8_PTQ is what anomalib's own export makes, calibrated on the validation cells. PatchCore has
+the offline backbone and a memory bank of the size that the training cells would give it. Memory is what loading a model
+and one inference add to a process of its own.
 """
 
 import json
 import logging
+import subprocess
+import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -31,6 +35,7 @@ from anomalib_raad import Raad, RaadModel
 from anomalib_raad.data.elpv import Elpv
 from anomalib_raad.quantization.recipe import Allocation, quantize_
 
+from .comparison import OfflinePatchcore
 from .timing import median_seconds
 
 _SIZE = (256, 256)
@@ -81,6 +86,7 @@ class _Variant:
         self.figures: dict[str, Any] = {
             "load_seconds": time.perf_counter() - start,
             "megabytes": sum(path.with_suffix(suffix).stat().st_size for suffix in (".xml", ".bin")) / 1e6,
+            "memory_megabytes": _memory(path, precision),
             "convolutions": _convolutions(self.model),
         }
         self.queue = openvino.AsyncInferQueue(
@@ -120,7 +126,16 @@ def _export(
     variants += [("Raad", packed, None), ("Raad f32", packed, "f32")]
     for channels in projections:
         variants.append((f"Raad, {channels} channels", export(raad, f"k{channels}", feature_projection=channels), None))
-    return variants
+    patchcore = OfflinePatchcore(post_processor=False, evaluator=False, visualizer=False)
+    patches = patchcore.model.train()(image)  # of one image; in training the model returns them
+    bank = int(patchcore.coreset_sampling_ratio * len(patches) * len(cells.train_data))
+    patchcore.model.memory_bank = torch.randn(bank, patches.shape[1])
+    return [*variants, ("PatchCore", export(patchcore, "patchcore"), None)]
+
+
+def _memory(path: Path, precision: str | None) -> float:
+    command = [sys.executable, "-m", "anomalib_raad.benchmarks.memory", str(path), *filter(None, [precision])]
+    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)  # noqa: S603
 
 
 def _convolutions(model: openvino.CompiledModel) -> dict[str, int]:
@@ -136,7 +151,7 @@ def _convolutions(model: openvino.CompiledModel) -> dict[str, int]:
 
 def _print(figures: dict[str, dict[str, Any]]) -> None:
     reference = figures[_REFERENCE]
-    table = Table("Variant", "ms / image", "ratio", "images / s", "MB", "load s", "convolutions")
+    table = Table("Variant", "ms / image", "ratio", "images / s", "MB", "load s", "memory MB", "convolutions")
     for name, row in figures.items():
         table.add_row(
             name,
@@ -145,6 +160,7 @@ def _print(figures: dict[str, dict[str, Any]]) -> None:
             f"{row['images_per_second']:.1f}",
             f"{row['megabytes']:.1f}",
             f"{row['load_seconds']:.1f}",
+            f"{row['memory_megabytes']:.0f}",
             ", ".join(f"{count} {precision}" for precision, count in row["convolutions"].items()),
         )
     Console().print(table)

@@ -25,6 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from anomalib_raad import RaadModel
 from anomalib_raad.quantization.recipe import Allocation, quantize_
 
+from .memory import peak_megabytes
 from .timing import median_seconds
 
 _SIZE = (256, 256)
@@ -74,7 +75,7 @@ def main(steps: int = 7, output: Path | None = None, memory_of: int | None = Non
         step = _step(VARIANTS[memory_of])
         step()
         step()
-        print(_peak_megabytes())  # noqa: T201
+        print(peak_megabytes())  # noqa: T201
         return
     loops = [_step(variant) for variant in VARIANTS]
     median_seconds(loops, rounds=2)  # to warm up
@@ -130,12 +131,6 @@ def _multiply_adds(step: Callable[[], None]) -> int:
 def _megabytes(number: int) -> float:
     command = [sys.executable, "-m", "anomalib_raad.benchmarks.training_step", "--memory_of", str(number)]
     return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)  # noqa: S603
-
-
-def _peak_megabytes() -> float:
-    """Of this process, on Linux; ``getrusage`` would count what the parent had used before."""
-    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
-    return int(line.split()[1]) / 1024
 
 
 def _print(rows: list[dict]) -> None:

@@ -1,0 +1,31 @@
+"""Scores between 0 and 1 that keep their order."""
+
+import torch
+from anomalib.post_processing import PostProcessor
+
+_LEAST_RANGE = 1e-6
+
+
+class RaadPostProcessor(PostProcessor):
+    """anomalib's post-processor with a normalisation that does not cut scores off.
+
+    As in anomalib, the threshold ``t`` becomes 0.5. anomalib then gives 0 or 1 to every score that is further from the
+    threshold than half of the validation set's range. Where that set holds normal images only, clear and slight defects
+    become equal, and every metric that ranks loses. Here only infinity would be 1::
+
+        1/2 + x / (1 + 2 |x|)   with x = (s - t) / (max - min)
+    """
+
+    @staticmethod
+    def _normalize(
+        preds: torch.Tensor | None,
+        norm_min: torch.Tensor,
+        norm_max: torch.Tensor,
+        threshold: torch.Tensor,
+    ) -> torch.Tensor | None:
+        """The one place where anomalib normalises scores and maps, in its loops and in exported models."""
+        if preds is None:
+            return None
+        threshold = torch.where(torch.isnan(threshold), (norm_max + norm_min) / 2, threshold)
+        x = (preds - threshold) / (norm_max - norm_min).clamp(min=_LEAST_RANGE)
+        return torch.where(torch.isnan(norm_min), preds, 0.5 + x / (1 + 2 * x.abs()))  # NaN: not validated yet

@@ -125,7 +125,7 @@ def test_it_reads_what_anomalibs_datamodule_gives(loco, tmp_path) -> None:
         (tmp_path / split / "good").mkdir(parents=True)
         to_pil_image(torch.zeros(3, 8, 8)).save(tmp_path / split / "good" / "000.png")
     data = MVTecLOCO(root=tmp_path.parent, category=tmp_path.name, num_workers=0)
-    with pd.option_context("future.infer_string", False):  # noqa: FBT003  # anomalib 2.7 stumbles over pandas 3
+    with pd.option_context("future.infer_string", False):  # anomalib 2.7 stumbles over pandas 3
         data.setup()
     metric = AUsPRO(kind="structural_anomalies")
     for batch in data.test_dataloader():

@@ -8,9 +8,17 @@ from anomalib.data.utils import read_image
 from anomalib_raad.benchmarks.comparison import OfflinePatchcore, compare
 from anomalib_raad.teacher.features import OFFLINE_BACKBONE, PatchFeatures
 
-RAAD = {"class_path": "anomalib_raad.Raad", "init_args": {"bits": 8, "calibration_images": 2}}
+SMALL = {
+    "class_path": "anomalib.pre_processing.PreProcessor",
+    "init_args": {"transform": {"class_path": "torchvision.transforms.v2.Resize", "init_args": {"size": [64, 64]}}},
+}
+RAAD = {
+    "class_path": "anomalib_raad.Raad",
+    "init_args": {"bits": 8, "calibration_images": 2, "pre_processor": SMALL},
+}
 PATCHCORE = {
     "class_path": "anomalib_raad.benchmarks.comparison.OfflinePatchcore",
+    "init_args": {"pre_processor": SMALL},
     "trainer": {"max_steps": -1, "max_epochs": 1},
 }
 

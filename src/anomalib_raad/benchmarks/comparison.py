@@ -4,44 +4,48 @@
     anomalib-raad compare --config configs/compare_quick.yaml
 
 Each finished cell is a file, so an interrupted comparison goes on where it stopped, and a failed cell is reported and
-tried again the next time. The test images are only measured.
+tried again the next time. A finished comparison only writes its report again. The test images are only measured.
 """
 
+import base64
+import io
 import json
 import time
 import traceback
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from statistics import median
+from typing import Any, NamedTuple
 
-import matplotlib.pyplot as plt
 import pandas as pd
+import torch
 import yaml
+from anomalib.data import AnomalibDataset, ImageBatch, ImageItem, MVTecLOCO
 from anomalib.engine import Engine
 from anomalib.metrics import AUPR, AUPRO, AUROC, Evaluator, F1Score
 from anomalib.models import Patchcore
 from anomalib.models.components import AnomalibModule
 from anomalib.pre_processing import PreProcessor
 from anomalib.utils.path import get_pretrained_weights_dir
+from anomalib.visualization.image.item_visualizer import visualize_image_item
 from lightning.pytorch import seed_everything
 from rich.console import Console
-from rich.table import Table
+from torchmetrics.functional.classification import binary_auroc
 from torchvision.transforms.v2 import Compose, Normalize, Resize
 from tqdm import tqdm
 
+from anomalib_raad.metrics import AUsPRO
+from anomalib_raad.quantization.layers import quantizable_layers
 from anomalib_raad.quantization.recipe import model_bytes
 from anomalib_raad.teacher.features import OFFLINE_BACKBONE, OFFLINE_STATISTICS, OFFLINE_TIMM_NAME, create_backbone
 
-METRICS = (
-    "image_AUROC",
-    "image_AUPR",
-    "image_F1Score",
-    "pixel_AUROC",
-    "pixel_AUPRO",
-    "pixel_AUPRO5",
-    "fit_seconds",
-    "bytes",
-)
+from .comparison_report import write_report
+from .scores import SquashingPostProcessor
+from .timing import median_seconds
+
+_LOCO_KINDS = ("structural", "logical")
+_TIMED_PREDICTIONS = 5
 
 
 class OfflinePatchcore(Patchcore):
@@ -63,6 +67,17 @@ class AUPRO5(AUPRO):
     """Area under the per-region overlap up to 5 % false positives."""
 
 
+class Cell(NamedTuple):
+    """One model on one data set with one seed, by their names in the configuration."""
+
+    data: str
+    model: str
+    seed: int
+
+    def __str__(self) -> str:
+        return f"{self.data}-{self.model}-{self.seed}"
+
+
 def compare(
     models: Mapping[str, dict[str, Any]],
     data: Mapping[str, dict[str, Any]],
@@ -71,43 +86,50 @@ def compare(
     results: Path = Path("results/comparison"),
     check: bool = False,
 ) -> int:
-    """Fit and test every cell, then write the tables and a figure.
+    """Fit and test every cell that is not finished, then write the report.
 
     Args:
-        models: For each name ``class_path`` and ``init_args`` of a model, and ``trainer`` with what differs for it.
-        data: For each name ``class_path`` and ``init_args`` of a datamodule.
+        models: For each name ``class_path`` and ``init_args`` of a model, and ``trainer`` with what differs for it. The
+            report compares the first one with each of the others.
+        data: For each name ``class_path`` and ``init_args`` of a datamodule; ``apart: true`` keeps it out of the means.
         seeds: Seeds of weights and order.
         trainer: Lightning's options for all models, for instance ``max_steps`` and ``precision``.
-        results: Folder for the cells; receives ``comparison.csv``, ``comparison.md`` and ``comparison.png``.
+        results: Folder for the cells; receives ``comparison.html``, ``.md``, ``.csv`` and ``.png``.
         check: Only say what is missing on this machine.
 
     Returns:
         The number of cells that failed, or of things that are missing.
     """
-    missing = [*_missing_data(data), *_missing_weights(models)]
+    cells = [Cell(name, model, seed) for name in data for seed in seeds for model in models]
+    paths = {cell: results / f"{cell}.json" for cell in cells}
+    left = [cell for cell, path in paths.items() if not path.exists() or "error" in json.loads(path.read_text())]
+    missing = [
+        *_missing_data({cell.data: data[cell.data] for cell in left}),
+        *_missing_weights({cell.model: models[cell.model] for cell in left}),
+    ]
     for line in missing:
         Console(stderr=True).print(f"missing: {line}", soft_wrap=True)
     if check or missing:
         return len(missing)
     results.mkdir(parents=True, exist_ok=True)
-    cells = [(d, m, s) for d in data for s in seeds for m in models]
     failed = 0
-    for data_name, model_name, seed in tqdm(cells, "Cells"):
-        path = results / f"{data_name}-{model_name}-{seed}.json"
-        if path.exists() and "error" not in json.loads(path.read_text()):
-            continue
-        cell = {"data": data_name, "model": model_name, "seed": seed}
-        options = {key: value for key, value in models[model_name].items() if key != "trainer"}
-        limits = (trainer or {}) | models[model_name].get("trainer", {})
-        try:
-            scores = _run(options, data[data_name], seed, limits, results / "runs" / path.stem)
-        except Exception as error:  # noqa: BLE001  # whatever fails in one cell, the others are worth having
+    for cell in tqdm(left, "Cells"):
+        limits = (trainer or {}) | models[cell.model].get("trainer", {})
+        outcome = _attempt(models[cell.model], data[cell.data], cell.seed, limits, results / "runs" / str(cell))
+        if "error" in outcome:
             failed += 1
-            scores = {"error": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()}
-            Console(stderr=True).print(f"failed: {cell}: {scores['error']}", soft_wrap=True)
-        path.write_text(json.dumps(cell | scores, indent=1))
-    write_tables(results)
+            Console(stderr=True).print(f"failed: {cell}: {outcome['error']}", soft_wrap=True)
+        paths[cell].write_text(json.dumps(cell._asdict() | outcome, indent=1))
+    write_report(list(paths.values()), results, [name for name, options in data.items() if options.get("apart")])
     return failed
+
+
+def _attempt(*arguments: Any) -> dict[str, Any]:  # noqa: ANN401
+    """The figures of a cell, or its error: whatever fails in one cell, the others are worth having."""
+    try:
+        return _run(*arguments)
+    except Exception as error:  # noqa: BLE001
+        return {"error": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()}
 
 
 def _run(
@@ -120,31 +142,137 @@ def _run(
     seed_everything(seed)
     folder.mkdir(parents=True, exist_ok=True)
     configuration = folder / "config.yaml"  # what `anomalib train -c` takes
-    configuration.write_text(yaml.safe_dump({"model": model_options, "data": data_options, "trainer": limits}))
-    engine, model, datamodule = Engine.from_config(str(configuration), default_root_dir=str(folder))
-    model.evaluator = Evaluator(
-        test_metrics=[
-            AUROC(fields=["pred_score", "gt_label"], prefix="image_"),
-            AUPR(fields=["pred_score", "gt_label"], prefix="image_"),
-            F1Score(fields=["pred_label", "gt_label"], prefix="image_"),
-            AUROC(fields=["anomaly_map", "gt_mask"], prefix="pixel_", strict=False),
-            AUPRO(fields=["anomaly_map", "gt_mask"], prefix="pixel_", strict=False),
-            AUPRO5(fields=["anomaly_map", "gt_mask"], prefix="pixel_", strict=False, fpr_limit=0.05),
-        ]
-    )
-    start = time.monotonic()
-    engine.fit(model, datamodule=datamodule)
-    seconds = time.monotonic() - start
-    metrics = {
-        name: float(value) for name, value in engine.test(model, datamodule=datamodule, verbose=False)[0].items()
+    model_and_data = {
+        name: {key: options.get(key, {}) for key in ("class_path", "init_args")}
+        for name, options in (("model", model_options), ("data", data_options))
     }
-    return metrics | {"fit_seconds": seconds, "steps": engine.trainer.global_step, "bytes": _bytes(model)}
+    configuration.write_text(yaml.safe_dump(model_and_data | {"trainer": limits}))
+    engine, model, datamodule = Engine.from_config(str(configuration), default_root_dir=str(folder))
+    recorder = _Recorder(test_metrics=_metrics(loco=isinstance(datamodule, MVTecLOCO)))
+    model.evaluator, model.post_processor, model.visualizer = recorder, SquashingPostProcessor(), None
+    # anomalib 2.7 puts lists of masks into columns that pandas 3 takes for strings
+    with pd.option_context("future.infer_string", False):  # noqa: FBT003
+        start = time.monotonic()
+        engine.fit(model, datamodule=datamodule)
+        seconds = time.monotonic() - start
+        # The finished model's thresholds and map quantiles: a fit that ends within an epoch has not validated.
+        engine.validate(model, datamodule=datamodule, verbose=False)
+        metrics = engine.test(model, datamodule=datamodule, verbose=False)[0]
+    return {
+        **metrics,
+        **_loco_means(recorder.images, metrics),
+        "test_images": len(recorder.images),
+        "steps": engine.trainer.global_step,
+        "fit_seconds": seconds,
+        "step_seconds": median(recorder.step_seconds),
+        "latency_ms": 1000 * _latency(model, datamodule.test_data),
+        "bytes": _bytes(model),
+        "average_bits": _average_bits(model),
+        "images": recorder.images,
+        "heatmaps": _heatmaps(model, datamodule.test_data, recorder.images),
+    }
+
+
+class _Recorder(Evaluator):
+    """Notes the time of each training step and the score of each test image as well."""
+
+    def __init__(self, test_metrics: Sequence[Any]) -> None:
+        super().__init__(test_metrics=test_metrics)
+        self.images: list[dict[str, Any]] = []
+        self.step_seconds: list[float] = []
+        self._start = 0.0
+
+    def on_train_batch_start(self, *_: Any) -> None:  # noqa: ANN401
+        self._start = time.perf_counter()
+
+    def on_train_batch_end(self, *_: Any) -> None:  # noqa: ANN401
+        self.step_seconds.append(time.perf_counter() - self._start)
+
+    def on_test_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: ImageBatch, *rest: Any) -> None:  # noqa: ANN401
+        super().on_test_batch_end(trainer, pl_module, outputs, batch, *rest)
+        for path, label, score in zip(batch.image_path, batch.gt_label, batch.pred_score, strict=True):
+            name = "/".join(Path(path).parts[-2:])
+            self.images.append({"image": name, "label": int(label), "score": float(score)})
+
+
+def _metrics(*, loco: bool) -> list[Any]:
+    metrics = [
+        AUROC(fields=["pred_score", "gt_label"], prefix="image_"),
+        AUPR(fields=["pred_score", "gt_label"], prefix="image_"),
+        F1Score(fields=["pred_label", "gt_label"], prefix="image_"),
+        AUROC(fields=["anomaly_map", "gt_mask"], prefix="pixel_", strict=False),
+        AUPRO(fields=["anomaly_map", "gt_mask"], prefix="pixel_", strict=False),
+        AUPRO5(fields=["anomaly_map", "gt_mask"], prefix="pixel_", strict=False, fpr_limit=0.05),
+    ]
+    if loco:
+        metrics += [AUsPRO(kind=f"{kind}_anomalies", prefix=f"{kind}_") for kind in _LOCO_KINDS]
+    return metrics
+
+
+def _loco_means(images: list[dict[str, Any]], metrics: Mapping[str, float]) -> dict[str, float]:
+    """MVTec LOCO's AUROC for each kind of anomaly against the good images, and the means over both kinds."""
+    if f"{_LOCO_KINDS[0]}_AUsPRO" not in metrics:
+        return {}
+    values = {}
+    for kind in _LOCO_KINDS:
+        part = [image for image in images if image["image"].startswith(("good/", f"{kind}_anomalies/"))]
+        scores, labels = (torch.tensor([image[key] for image in part]) for key in ("score", "label"))
+        values[f"{kind}_AUROC"] = float(binary_auroc(scores, labels))
+    for name, figures in (("AUROC", values), ("AUsPRO", metrics)):
+        values[f"mean_{name}"] = sum(figures[f"{kind}_{name}"] for kind in _LOCO_KINDS) / len(_LOCO_KINDS)
+    return values
+
+
+@torch.no_grad()
+def _latency(model: AnomalibModule, dataset: AnomalibDataset) -> float:
+    """Median seconds of the network for one image on the CPU in float32."""
+    model.cpu().eval()
+    image = model.pre_processor.transform(dataset[0].image[None])
+    (seconds,) = median_seconds([partial(model.model, image)], _TIMED_PREDICTIONS)
+    return seconds
+
+
+@torch.no_grad()
+def _heatmaps(model: AnomalibModule, dataset: AnomalibDataset, images: list[dict[str, Any]]) -> dict[str, str]:
+    """The most right and most wrong test images of either label, each a JPEG as a data URL: image, mask, heatmap."""
+    ranked = sorted(range(len(images)), key=lambda index: images[index]["score"])
+    normal = [index for index in ranked if not images[index]["label"]]
+    anomalous = [index for index in ranked if images[index]["label"]]
+    chosen = {
+        "worst normal": normal[-1],
+        "worst anomalous": anomalous[0],
+        "best normal": normal[0],
+        "best anomalous": anomalous[-1],
+    }
+    return {name: _heatmap(model, dataset[index]) for name, index in chosen.items()}
+
+
+def _heatmap(model: AnomalibModule, item: ImageItem) -> str:
+    batch = model.pre_processor.transform(item.image[None])
+    item.anomaly_map = model.post_processor(model.model(batch)).anomaly_map[0]
+    picture = visualize_image_item(
+        item,
+        fields=["image", "gt_mask"],
+        overlay_fields=[("image", ["anomaly_map"])],
+        field_size=(96, 96),
+        text_config={"enable": False},
+    )
+    file = io.BytesIO()
+    picture.convert("RGB").save(file, "JPEG", quality=70)
+    return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
 
 
 def _bytes(model: AnomalibModule) -> int:
     """Of everything the model needs to predict; quantized weights in their bits."""
     bank = getattr(model.model, "memory_bank", None)
     return model_bytes(model.model) + (bank.numel() * bank.element_size() if bank is not None else 0)
+
+
+def _average_bits(model: AnomalibModule) -> float:
+    """Of a weight of those layers that can be quantized, 32 where there are none."""
+    layers = quantizable_layers(model.model).values()
+    weights = sum(layer.weight.numel() for layer in layers)
+    return sum(layer.weight.numel() * (layer.bits or 32) for layer in layers) / weights if weights else 32.0
 
 
 def _missing_data(data: Mapping[str, dict[str, Any]]) -> list[str]:
@@ -166,39 +294,3 @@ def _missing_weights(models: Mapping[str, dict[str, Any]]) -> list[str]:
         if not photos.is_dir():
             missing.append(f"photos for the penalty of {name}: no folder {photos} with a folder of images in it")
     return missing
-
-
-def write_tables(results: Path) -> None:
-    """Write all cells as CSV, mean and range over seeds as Markdown, and a figure of image AUROC."""
-    cells = [json.loads(path.read_text()) for path in sorted(results.glob("*.json"))]
-    frame = pd.DataFrame([cell for cell in cells if "error" not in cell])
-    frame.to_csv(results / "comparison.csv", index=False)
-    columns = [name for name in METRICS if name in frame]
-    grouped = frame.groupby(["data", "model"])[columns]
-    table = Table("data", "model", "seeds", *columns)
-    lines = ["| data | model | seeds | " + " | ".join(columns) + " |", "|---" * (len(columns) + 3) + "|"]
-    for (key, mean), (_, low), (_, high), (_, count) in zip(
-        grouped.mean().iterrows(),
-        grouped.min().iterrows(),
-        grouped.max().iterrows(),
-        grouped.count().iterrows(),
-        strict=True,
-    ):
-        values = [_cell(name, mean[name], low[name], high[name]) for name in columns]
-        row = [*map(str, key), str(int(count.max())), *values]
-        table.add_row(*row)
-        lines.append("| " + " | ".join(row) + " |")
-    Console().print(table)
-    (results / "comparison.md").write_text("\n".join(lines) + "\n")
-    auroc = frame.pivot_table(index="data", columns="model", values="image_AUROC")
-    axis = auroc.plot.bar(rot=0, figsize=(8, 4), ylabel="image AUROC")
-    axis.figure.savefig(results / "comparison.png", dpi=120, bbox_inches="tight")
-    plt.close(axis.figure)
-
-
-def _cell(name: str, mean: float, low: float, high: float) -> str:
-    if name == "bytes":
-        return f"{mean / 1e6:.1f} MB"
-    if name == "fit_seconds":
-        return f"{mean:.0f}"
-    return f"{mean:.3f}" if low == high else f"{mean:.3f} ({low:.3f} to {high:.3f})"

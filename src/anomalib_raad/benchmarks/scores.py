@@ -11,18 +11,22 @@ def squash(scores: torch.Tensor) -> torch.Tensor:
     """Map any scores to (0, 1) and keep their order.
 
     torchmetrics takes scores outside [0, 1] for logits and passes them through a sigmoid, *batch by batch*: a batch
-    with one score above 1 would be ranked against others that were left alone.
+    with one score above 1 would be ranked against others that were left alone. In float32, since bfloat16 has only 128
+    numbers between 0.5 and 1.
     """
+    scores = scores.float()
     return 0.5 + 0.5 * scores / (1 + scores.abs())
 
 
 class SquashingPostProcessor(PostProcessor):
     """For measurements: keeps the order of all scores, where anomalib's cuts off what lies beyond the validation set's.
 
-    It needs no thresholds, so it serves models as well that have not been validated.
+    It needs no thresholds, so it serves models as well that have not been validated; their labels are all normal.
     """
 
     def post_process_batch(self, batch: Batch) -> None:
-        """Squash scores and maps in place."""
-        batch.pred_score = squash(cast("torch.Tensor", batch.pred_score))
+        """Squash scores and maps in place, and label the images by the threshold of the validation."""
+        scores = cast("torch.Tensor", batch.pred_score)
+        batch.pred_label = scores > self.image_threshold
+        batch.pred_score = squash(scores)
         batch.anomaly_map = squash(cast("torch.Tensor", batch.anomaly_map))

@@ -1,9 +1,12 @@
+import base64
+import io
 import json
 from pathlib import Path
 
 import pytest
 import torch
 from anomalib.data.utils import read_image
+from PIL import Image, ImageChops
 
 from anomalib_raad.benchmarks.comparison import OfflinePatchcore, compare
 from anomalib_raad.teacher.features import OFFLINE_BACKBONE, PatchFeatures
@@ -19,7 +22,7 @@ RAAD = {
 PATCHCORE = {
     "class_path": "anomalib_raad.benchmarks.comparison.OfflinePatchcore",
     "init_args": {"pre_processor": SMALL},
-    "trainer": {"max_steps": -1, "max_epochs": 1},
+    "trainer": {"max_steps": 3, "max_epochs": 1},  # ends within the epoch, before Lightning validates
 }
 
 
@@ -41,6 +44,7 @@ def test_cells_are_kept_and_a_failed_one_is_tried_again(folders, tmp_path) -> No
     patchcore = tmp_path / "comparison" / "cells-PatchCore-0.json"
     kept = json.loads(patchcore.read_text())
     assert kept["bytes"] > 1_000_000
+    assert kept["image_F1Score"] > 0  # there is a threshold
     patchcore.write_text(json.dumps(kept | {"seed": 7}))
 
     assert compare({"Raad": RAAD, "PatchCore": PATCHCORE}, folders, **options) == 0
@@ -50,9 +54,29 @@ def test_cells_are_kept_and_a_failed_one_is_tried_again(folders, tmp_path) -> No
     assert 0 <= cell["image_AUROC"] <= 1
     assert cell["image_AUPR"] >= 0.3
     assert 7.5e6 < cell["bytes"] < 8.5e6
-    table = (tmp_path / "comparison" / "comparison.md").read_text()
-    assert "| cells | PatchCore | 1 |" in table
-    assert (tmp_path / "comparison" / "comparison.png").stat().st_size > 5_000
+    assert cell["average_bits"] == 8
+    assert cell["latency_ms"] > 1
+    assert cell["step_seconds"] < cell["fit_seconds"]
+
+    scores = {image["label"]: [] for image in cell["images"]}
+    for image in cell["images"]:
+        scores[image["label"]].append(image["score"])
+    assert {image["image"].split("/")[0] for image in cell["images"]} == {"good", "bad"}
+    wins = sum((bad > good) + (bad == good) / 2 for bad in scores[1] for good in scores[0])
+    assert cell["image_AUROC"] == pytest.approx(wins / 4)
+    pictures = [read_picture(cell["heatmaps"][name]) for name in ("worst normal", "best normal")]
+    assert [picture.size for picture in pictures] == [(192, 96)] * 2  # image and heatmap; there are no masks
+    assert ImageChops.difference(*pictures).getbbox()
+    assert "| cells | PatchCore | 1 | 4 |" in (tmp_path / "comparison" / "comparison.md").read_text()
+
+    (tmp_path / "comparison" / "comparison.md").unlink()
+    folders["cells"]["init_args"]["root"] = str(tmp_path / "nowhere")
+    assert compare({"Raad": RAAD}, folders, **options) == 0  # nothing is left to run, so no data are needed
+    assert "| cells | Raad | 1 | 4 |" in (tmp_path / "comparison" / "comparison.md").read_text()
+
+
+def read_picture(url: str) -> Image.Image:
+    return Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2])))
 
 
 def test_what_is_missing_is_said_before_anything_starts(folders, tmp_path, capsys, monkeypatch) -> None:

@@ -28,6 +28,11 @@ def test_squash_keeps_the_order() -> None:
     assert 0 < squash(SCORES).min() < squash(SCORES).max() < 1
 
 
+def test_squash_tells_bfloat16_scores_apart() -> None:
+    scores = torch.tensor([0.01, 0.0101, 3.0, 3.02], dtype=torch.bfloat16)
+    assert len(scores.unique()) == len(squash(scores).unique()) == 4
+
+
 def test_post_processor() -> None:
     batch = ImageBatch(
         image=torch.zeros(2, 3, 4, 4), pred_score=torch.tensor([2.0, 0.1]), anomaly_map=torch.full((2, 1, 4, 4), -3.0)
@@ -35,3 +40,14 @@ def test_post_processor() -> None:
     SquashingPostProcessor().post_process_batch(batch)
     torch.testing.assert_close(batch.pred_score, squash(torch.tensor([2.0, 0.1])))
     assert torch.all(batch.anomaly_map == 0.125)
+    assert not batch.pred_label.any()  # not validated, no threshold
+
+
+def test_labels_are_by_the_threshold_of_the_validation() -> None:
+    post_processor = SquashingPostProcessor()
+    post_processor._image_threshold.fill_(0.4)
+    batch = ImageBatch(
+        image=torch.zeros(2, 3, 4, 4), pred_score=torch.tensor([0.5, 0.3]), anomaly_map=torch.zeros(2, 1, 4, 4)
+    )
+    post_processor.post_process_batch(batch)
+    assert batch.pred_label.tolist() == [True, False]

@@ -79,7 +79,8 @@ def _tables(cells: list[dict[str, Any]], results: Path, first: str, apart: Seque
     detection = pd.concat([detection, published.reindex(columns=detection.columns)]).fillna("")
     order = dict.fromkeys(detection["data"])
     detection = detection.sort_values("data", key=lambda names: names.map(list(order).index), kind="stable")
-    return {"Detection": detection, "Differences": _differences(frame, first, apart), "Cost": _summary(frame, COST)}
+    tables = {"Detection": detection, "Differences": _differences(frame, first, apart), "Cost": _summary(frame, COST)}
+    return {name: table for name, table in tables.items() if not table.empty}
 
 
 def _is_plain(value: object) -> bool:
@@ -106,7 +107,7 @@ def _mean_and_range(values: pd.Series) -> str:
     values = values.dropna()
     if values.empty:
         return ""
-    low, mean, high = (f"{value:.3g}" if value > 1 else f"{value:.3f}" for value in values.agg(["min", "mean", "max"]))
+    low, mean, high = (f"{value:.3f}" if value <= 1 else f"{value:.1f}" for value in values.agg(["min", "mean", "max"]))
     return mean if len(values) == 1 else f"{mean} ({low} to {high})"
 
 

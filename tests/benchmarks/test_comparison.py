@@ -79,6 +79,53 @@ def read_picture(url: str) -> Image.Image:
     return Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2])))
 
 
+def test_cells_run_on_a_ray_cluster(folders, tmp_path, monkeypatch) -> None:
+    pytest.importorskip("ray")
+    monkeypatch.setenv("RAY_worker_niceness", "0")
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    cluster.add_node(num_cpus=1)
+    results = tmp_path / "comparison"
+    broken = PATCHCORE | {"init_args": {"coreset_sampling_ratio": "none"}}
+    options = {"trainer": {"accelerator": "cpu", "logger": False}, "results": results}
+    try:
+        assert compare({"PatchCore": PATCHCORE, "Broken": broken}, folders, ray=cluster.address, **options) == 1
+    finally:
+        cluster.shutdown()
+    assert json.loads((results / "cells-PatchCore-0.json").read_text())["test_images"] == 4
+    assert "1 of 2 cells are finished, 1 failed." in (results / "comparison.md").read_text()
+
+
+def test_loco_has_its_own_metrics(cells, tmp_path) -> None:
+    root = tmp_path / "LOCO" / "cells"
+    sources = {"train/good": "train", "validation/good": "train", "test/good": "good"}
+    sources |= {f"test/{kind}_anomalies": "bad" for kind in ("structural", "logical")}
+    for target, source in sources.items():
+        (root / target).mkdir(parents=True)
+        for path in sorted(cells.glob(f"{source}/*"))[:3]:
+            picture = Image.open(path).convert("RGB").resize((64, 64))
+            picture.save(root / target / path.name)
+            if "anomalies" in target:
+                folder = root / target.replace("test", "ground_truth") / path.stem
+                folder.mkdir(parents=True)
+                mask = Image.new("L", (64, 64))
+                mask.paste(255, (16, 16, 32, 32))
+                mask.save(folder / "000.png")
+    defect = {"defect_name": "", "pixel_value": 255, "saturation_threshold": 100, "relative_saturation": False}
+    (root / "defects_config.json").write_text(json.dumps([defect]))
+    arguments = {"root": str(root.parent), "category": "cells", "train_batch_size": 1, "num_workers": 0}
+    data = {"loco-cells": {"class_path": "anomalib.data.MVTecLOCO", "init_args": arguments}}
+    options = {"trainer": {"accelerator": "cpu", "logger": False}, "results": tmp_path / "comparison"}
+    assert compare({"PatchCore": PATCHCORE}, data, **options) == 0
+    cell = json.loads((tmp_path / "comparison" / "loco-cells-PatchCore-0.json").read_text())
+    for name in ("AUROC", "AUsPRO"):
+        kinds = [cell[f"{kind}_{name}"] for kind in ("structural", "logical")]
+        assert kinds[0] == kinds[1] == cell[f"mean_{name}"]  # the same images are anomalous in both ways
+    assert cell["mean_AUROC"] == pytest.approx(cell["image_AUROC"])
+    assert 0 <= cell["mean_AUsPRO"] <= 1
+
+
 def test_what_is_missing_is_said_before_anything_starts(folders, tmp_path, capsys, monkeypatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     folders["cells"]["init_args"]["root"] = str(tmp_path / "nowhere")

@@ -12,16 +12,16 @@ import io
 import json
 import time
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import pandas as pd
 import torch
 import yaml
-from anomalib.data import AnomalibDataset, ImageBatch, ImageItem, MVTecLOCO
+from anomalib.data import MVTecLOCO
 from anomalib.engine import Engine
 from anomalib.metrics import AUPR, AUPRO, AUROC, Evaluator, F1Score
 from anomalib.models import Patchcore
@@ -30,6 +30,7 @@ from anomalib.pre_processing import PreProcessor
 from anomalib.utils.path import get_pretrained_weights_dir
 from anomalib.visualization.image.item_visualizer import visualize_image_item
 from lightning.pytorch import seed_everything
+from PIL import Image
 from rich.console import Console
 from torchmetrics.functional.classification import binary_auroc
 from torchvision.transforms.v2 import Compose, Normalize, Resize
@@ -85,6 +86,7 @@ def compare(
     trainer: dict[str, Any] | None = None,
     results: Path = Path("results/comparison"),
     check: bool = False,
+    ray: str | None = None,
 ) -> int:
     """Fit and test every cell that is not finished, then write the report.
 
@@ -96,6 +98,8 @@ def compare(
         trainer: Lightning's options for all models, for instance ``max_steps`` and ``precision``.
         results: Folder for the cells; receives ``comparison.html``, ``.md``, ``.csv`` and ``.png``.
         check: Only say what is missing on this machine.
+        ray: Address of a Ray cluster, on whose machines the cells run side by side, a GPU for each where there are any;
+            ``local`` starts one. All machines need the data and the results folder at the same path.
 
     Returns:
         The number of cells that failed, or of things that are missing.
@@ -112,23 +116,45 @@ def compare(
     if check or missing:
         return len(missing)
     results.mkdir(parents=True, exist_ok=True)
-    failed = 0
-    for cell in tqdm(left, "Cells"):
+    tasks = {}
+    for cell in left:
         limits = (trainer or {}) | models[cell.model].get("trainer", {})
-        outcome = _attempt(models[cell.model], data[cell.data], cell.seed, limits, results / "runs" / str(cell))
+        folder = results.resolve() / "runs" / str(cell)
+        tasks[cell] = (models[cell.model], data[cell.data], cell.seed, limits, folder)
+    failed = 0
+    for cell, outcome in tqdm(_outcomes(tasks, ray), "Cells", total=len(tasks)):
         if "error" in outcome:
             failed += 1
-            Console(stderr=True).print(f"failed: {cell}: {outcome['error']}", soft_wrap=True)
+            Console(stderr=True).print(f"failed: {cell}: {outcome['error']}", soft_wrap=True, markup=False)
         paths[cell].write_text(json.dumps(cell._asdict() | outcome, indent=1))
     write_report(list(paths.values()), results, [name for name, options in data.items() if options.get("apart")])
     return failed
+
+
+def _outcomes(tasks: Mapping[Cell, tuple[Any, ...]], address: str | None) -> Iterator[tuple[Cell, dict[str, Any]]]:
+    """Run the cells one after another, or side by side on a Ray cluster, and give each as it ends."""
+    if address is None:
+        yield from ((cell, _attempt(*arguments)) for cell, arguments in tasks.items())
+        return
+    import ray  # noqa: PLC0415  # optional
+
+    with ray.init(address=address):
+        attempt = ray.remote(num_gpus=int("GPU" in ray.cluster_resources()))(_attempt)
+        running = {attempt.remote(*arguments): cell for cell, arguments in tasks.items()}
+        while running:
+            (done,), _ = ray.wait(list(running))
+            try:
+                outcome = ray.get(done)
+            except ray.exceptions.RayError as error:  # the machine or the worker was lost
+                outcome = {"error": str(error)}
+            yield running.pop(done), outcome
 
 
 def _attempt(*arguments: Any) -> dict[str, Any]:  # noqa: ANN401
     """The figures of a cell, or its error: whatever fails in one cell, the others are worth having."""
     try:
         return _run(*arguments)
-    except Exception as error:  # noqa: BLE001
+    except (Exception, SystemExit) as error:  # noqa: BLE001  # a command line parser exits
         return {"error": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()}
 
 
@@ -188,7 +214,7 @@ class _Recorder(Evaluator):
     def on_train_batch_end(self, *_: Any) -> None:  # noqa: ANN401
         self.step_seconds.append(time.perf_counter() - self._start)
 
-    def on_test_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: ImageBatch, *rest: Any) -> None:  # noqa: ANN401
+    def on_test_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, *rest: Any) -> None:  # noqa: ANN401
         super().on_test_batch_end(trainer, pl_module, outputs, batch, *rest)
         for path, label, score in zip(batch.image_path, batch.gt_label, batch.pred_score, strict=True):
             name = "/".join(Path(path).parts[-2:])
@@ -224,7 +250,7 @@ def _loco_means(images: list[dict[str, Any]], metrics: Mapping[str, float]) -> d
 
 
 @torch.no_grad()
-def _latency(model: AnomalibModule, dataset: AnomalibDataset) -> float:
+def _latency(model: Any, dataset: Any) -> float:  # noqa: ANN401  # anomalib types all parts as optional
     """Median seconds of the network for one image on the CPU in float32."""
     model.cpu().eval()
     image = model.pre_processor.transform(dataset[0].image[None])
@@ -233,8 +259,8 @@ def _latency(model: AnomalibModule, dataset: AnomalibDataset) -> float:
 
 
 @torch.no_grad()
-def _heatmaps(model: AnomalibModule, dataset: AnomalibDataset, images: list[dict[str, Any]]) -> dict[str, str]:
-    """The most right and most wrong test images of either label, each a JPEG as a data URL: image, mask, heatmap."""
+def _heatmaps(model: Any, dataset: Any, images: list[dict[str, Any]]) -> dict[str, str]:  # noqa: ANN401
+    """The most wrong and most right test images of either label: image, mask if any and heatmap, as data URLs."""
     ranked = sorted(range(len(images)), key=lambda index: images[index]["score"])
     normal = [index for index in ranked if not images[index]["label"]]
     anomalous = [index for index in ranked if images[index]["label"]]
@@ -244,22 +270,22 @@ def _heatmaps(model: AnomalibModule, dataset: AnomalibDataset, images: list[dict
         "best normal": normal[0],
         "best anomalous": anomalous[-1],
     }
-    return {name: _heatmap(model, dataset[index]) for name, index in chosen.items()}
-
-
-def _heatmap(model: AnomalibModule, item: ImageItem) -> str:
-    batch = model.pre_processor.transform(item.image[None])
-    item.anomaly_map = model.post_processor(model.model(batch)).anomaly_map[0]
-    picture = visualize_image_item(
-        item,
-        fields=["image", "gt_mask"],
-        overlay_fields=[("image", ["anomaly_map"])],
-        field_size=(96, 96),
-        text_config={"enable": False},
-    )
-    file = io.BytesIO()
-    picture.convert("RGB").save(file, "JPEG", quality=70)
-    return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
+    pictures = {}
+    for name, index in chosen.items():
+        item = dataset[index]
+        predictions = model.post_processor(model.model(model.pre_processor.transform(item.image[None])))
+        item.anomaly_map = predictions.anomaly_map[0]
+        picture = visualize_image_item(
+            item,
+            fields=["image", "gt_mask"],
+            overlay_fields=[("image", ["anomaly_map"])],
+            field_size=(96, 96),
+            text_config={"enable": False},
+        )
+        file = io.BytesIO()
+        cast("Image.Image", picture).convert("RGB").save(file, "JPEG", quality=70)
+        pictures[name] = "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
+    return pictures
 
 
 def _bytes(model: AnomalibModule) -> int:

@@ -56,7 +56,7 @@ def test_a_difference_within_the_spread_is_no_win(report) -> None:
     assert line(text, "b", pair)[-1] == "-0.095, spread 0.010: worse"
     assert line(text, "c", pair)[-1] == "+0.490, one seed"
     # seeds 0 and 1 of a and b: 0.85 and 0.87 against 0.89 and 0.895
-    assert line(text, "mean of 2", pair)[-1] == "-0.032, spread 0.020: worse"
+    assert line(text, "mean", pair)[-1] == "-0.032 over 2 data sets, spread 0.020: worse"
     assert line(text, "a", "Raad", "3")[-1] == "0.920 (0.900 to 0.940)"
 
 

@@ -154,7 +154,7 @@ def _attempt(*arguments: Any) -> dict[str, Any]:  # noqa: ANN401
     """The figures of a cell, or its error: whatever fails in one cell, the others are worth having."""
     try:
         return _run(*arguments)
-    except (Exception, SystemExit) as error:  # noqa: BLE001  # a command line parser exits
+    except Exception as error:  # noqa: BLE001
         return {"error": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()}
 
 
@@ -173,7 +173,11 @@ def _run(
         for name, options in (("model", model_options), ("data", data_options))
     }
     configuration.write_text(yaml.safe_dump(model_and_data | {"trainer": limits}))
-    engine, model, datamodule = Engine.from_config(str(configuration), default_root_dir=str(folder))
+    try:
+        engine, model, datamodule = Engine.from_config(str(configuration), default_root_dir=str(folder))
+    except SystemExit as error:  # of anomalib's command line; any other, as of Ctrl+C, ends the comparison
+        msg = f"anomalib does not accept {configuration}; what is wrong with it was printed above"
+        raise ValueError(msg) from error
     recorder = _Recorder(test_metrics=_metrics(loco=isinstance(datamodule, MVTecLOCO)))
     model.evaluator, model.post_processor, model.visualizer = recorder, SquashingPostProcessor(), None
     # anomalib 2.7 puts lists of masks into columns that pandas 3 takes for strings

@@ -67,7 +67,7 @@ def write_report(paths: Sequence[Path], results: Path, apart: Sequence[str] = ()
 
 def _tables(cells: list[dict[str, Any]], results: Path, first: str, apart: Sequence[str]) -> dict[str, pd.DataFrame]:
     """The tables as they are printed; also writes the figures as CSV and draws image AUROC."""
-    frame = pd.DataFrame([{name: value for name, value in cell.items() if _is_plain(value)} for cell in cells])
+    frame = pd.DataFrame(cells).drop(columns=["images", "heatmaps"])
     frame["megabytes"] = frame.pop("bytes") / 1e6
     frame.to_csv(results / "comparison.csv", index=False)
     auroc = frame.pivot_table(index="data", columns="model", values="image_AUROC", sort=False)
@@ -81,10 +81,6 @@ def _tables(cells: list[dict[str, Any]], results: Path, first: str, apart: Seque
     detection = detection.sort_values("data", key=lambda names: names.map(list(order).index), kind="stable")
     tables = {"Detection": detection, "Differences": _differences(frame, first, apart), "Cost": _summary(frame, COST)}
     return {name: table for name, table in tables.items() if not table.empty}
-
-
-def _is_plain(value: object) -> bool:
-    return isinstance(value, str | int | float)
 
 
 def _summary(frame: pd.DataFrame, names: Sequence[str]) -> pd.DataFrame:
@@ -116,13 +112,12 @@ def _differences(frame: pd.DataFrame, first: str, apart: Sequence[str]) -> pd.Da
     counted = [name for name in frame["data"].unique() if name not in apart]
     groups = {name: frame[frame["data"] == name] for name in frame["data"].unique()}
     if len(counted) > 1:
-        groups[f"mean of {len(counted)}"] = frame[frame["data"].isin(counted)]
+        groups["mean"] = frame[frame["data"].isin(counted)]
     rows = []
     for name, group in groups.items():
         for other in frame["model"].unique():
-            pair = (
-                group[group["model"].isin([first, other])].groupby(["data", "seed"]).filter(lambda both: len(both) == 2)
-            )
+            pair = group[group["model"].isin([first, other])]
+            pair = pair.groupby(["data", "seed"]).filter(lambda both: len(both) == 2)
             if not pair.empty:
                 row = {"data": name, "difference": f"{first} - {other}"} | _extent(pair)
                 metrics = [metric for metric in _COMPARED if metric in pair]
@@ -132,17 +127,19 @@ def _differences(frame: pd.DataFrame, first: str, apart: Sequence[str]) -> pd.Da
 
 def _difference(pair: pd.DataFrame, metric: str, first: str, other: str) -> str:
     """Mean difference of two models over the seeds both have, held against how far either moves with the seed."""
-    values = pair.pivot_table(index=["data", "seed"], columns="model", values=metric, dropna=False)
-    seeds = values.dropna().groupby("seed")
+    values = pair.pivot_table(index=["data", "seed"], columns="model", values=metric, dropna=False).dropna()
+    seeds = values.groupby("seed")
     means = seeds.mean()[seeds.size() == seeds.size().max()]  # a seed that lacks a data set has another mean
     if means.empty:
         return ""
     difference = float((means[first] - means[other]).mean())
+    data_sets = seeds.size().max()
+    text = f"{difference:+.3f}" + (f" over {data_sets} data sets" if data_sets > 1 else "")
     if len(means) == 1:
-        return f"{difference:+.3f}, one seed"
+        return f"{text}, one seed"
     spread = float((means.max() - means.min()).max())
     verdict = "no difference" if abs(difference) <= spread else "better" if difference > 0 else "worse"
-    return f"{difference:+.3f}, spread {spread:.3f}: {verdict}"
+    return f"{text}, spread {spread:.3f}: {verdict}"
 
 
 def _published(names: Sequence[str]) -> list[dict[str, Any]]:

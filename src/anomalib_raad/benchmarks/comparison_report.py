@@ -176,14 +176,15 @@ def _curves(cells: Sequence[dict[str, Any]]) -> str:
             false_positives, true_positives, _ = binary_roc(scores, labels)
             roc.plot(false_positives, true_positives, color=f"C{number}", linewidth=1, label=None if seed else model)
             if seed == 0:
-                histogram.hist(
-                    [scores[labels == 0], scores[labels == 1]], bins=30, stacked=True, label=["normal", "anomalous"]
-                )
+                for label, name in enumerate(("normal", "anomalous")):
+                    values = scores[labels == label]
+                    histogram.hist(values, 20, (float(scores.min()), float(scores.max())), histtype="step", label=name)
                 histogram.set(title=model, xlabel="score", yticks=[])
     roc.set(xlabel="false positive rate", ylabel="true positive rate")
     roc.legend()
     histograms[0].legend()
     file = io.StringIO()
-    figure.savefig(file, format="svg")
+    with plt.rc_context({"svg.fonttype": "none"}):  # the same letters need not be drawn again
+        figure.savefig(file, format="svg")
     plt.close(figure)
     return file.getvalue()

@@ -22,7 +22,7 @@ RAAD = {
 PATCHCORE = {
     "class_path": "anomalib_raad.benchmarks.comparison.OfflinePatchcore",
     "init_args": {"pre_processor": SMALL},
-    "trainer": {"max_steps": 3, "max_epochs": 1},  # ends within the epoch, before Lightning validates
+    "trainer": {"max_steps": 2, "max_epochs": 1},  # ends within the epoch, before Lightning validates
 }
 
 
@@ -30,7 +30,7 @@ PATCHCORE = {
 def folders(cells: Path) -> dict:
     arguments = {
         "name": "cells", "root": str(cells), "normal_dir": "train", "normal_test_dir": "good", "abnormal_dir": "bad",
-        "train_batch_size": 1, "num_workers": 0, "val_split_mode": "same_as_test", "seed": 0,
+        "train_batch_size": 1, "num_workers": 0, "val_split_mode": "from_train", "val_split_ratio": 0.4, "seed": 0,
     }  # fmt: skip
     return {"cells": {"class_path": "anomalib.data.Folder", "init_args": arguments}}
 
@@ -126,6 +126,15 @@ def test_loco_has_its_own_metrics(cells, tmp_path) -> None:
         assert kinds[0] == kinds[1] == cell[f"mean_{name}"]  # the same images are anomalous in both ways
     assert cell["mean_AUROC"] == pytest.approx(cell["image_AUROC"])
     assert 0 <= cell["mean_AUsPRO"] <= 1
+
+
+def test_no_threshold_may_come_from_test_images(folders, tmp_path) -> None:
+    folders["cells"]["init_args"]["val_split_mode"] = "same_as_test"
+    options = {"trainer": {"accelerator": "cpu", "logger": False}, "results": tmp_path / "comparison"}
+    assert compare({"PatchCore": PATCHCORE}, folders, **options) == 1
+    cell = json.loads((tmp_path / "comparison" / "cells-PatchCore-0.json").read_text())
+    assert "val_split_mode is same_as_test" in cell["error"]
+    assert "1 failed" in (tmp_path / "comparison" / "comparison.md").read_text()
 
 
 def test_what_is_missing_is_said_before_anything_starts(folders, tmp_path, capsys, monkeypatch) -> None:

@@ -27,7 +27,7 @@ QUALITY = (
     "logical_AUsPRO",
     "mean_AUsPRO",
 )
-COST = ("fit_seconds", "step_seconds", "latency_ms", "megabytes", "average_bits")
+COST = ("fit_seconds", "fit_cpu_seconds", "step_seconds", "latency_ms", "megabytes", "average_bits")
 _COMPARED = ("image_AUROC", "pixel_AUPRO", "mean_AUsPRO")
 _PUBLISHED = json.loads(Path(__file__).with_name("published_results.json").read_text())
 

@@ -40,7 +40,7 @@ class _AUsPRO(Metric):
         """Integrate the mean overlap of all regions over the false positive rate."""
         values = torch.cat([anomaly_map.flatten() for anomaly_map in self.maps]).unique()
         thresholds = values[:: -(-len(values) // _THRESHOLDS)].contiguous()
-        false_positives = torch.zeros(len(thresholds) + 1, device=values.device)
+        false_positives = torch.zeros(len(thresholds) + 1, dtype=torch.float64, device=values.device)
         overlaps = []
         for anomaly_map, regions, saturations in zip(self.maps, self.regions, self.saturations, strict=True):
             size = regions.shape[-2:]
@@ -107,7 +107,7 @@ def loco_regions(image_path: Path) -> tuple[torch.Tensor, torch.Tensor]:
 
 def _counts(passed: torch.Tensor, thresholds: int) -> torch.Tensor:
     """Pixels that reach each threshold, from the highest on; last, all pixels."""
-    return torch.bincount(passed, minlength=thresholds + 1).flip(0).cumsum(0).float()
+    return torch.bincount(passed, minlength=thresholds + 1).flip(0).cumsum(0).double()
 
 
 def _area(rates: torch.Tensor, overlaps: torch.Tensor, limit: float) -> torch.Tensor:

@@ -2,12 +2,14 @@ import base64
 import io
 import json
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
 from anomalib.data.utils import read_image
 from PIL import Image, ImageChops
 
+from anomalib_raad.benchmarks import comparison
 from anomalib_raad.benchmarks.comparison import OfflinePatchcore, compare
 from anomalib_raad.teacher.features import OFFLINE_BACKBONE, PatchFeatures
 
@@ -126,6 +128,22 @@ def test_loco_has_its_own_metrics(cells, tmp_path) -> None:
         assert kinds[0] == kinds[1] == cell[f"mean_{name}"]  # the same images are anomalous in both ways
     assert cell["mean_AUROC"] == pytest.approx(cell["image_AUROC"])
     assert 0 <= cell["mean_AUsPRO"] <= 1
+
+
+def test_an_interrupted_comparison_has_a_report_and_goes_on(folders, tmp_path, monkeypatch) -> None:
+    cell = {"test_images": 2, "steps": 0, "image_AUROC": 0.5, "bytes": 0, "heatmaps": {}}
+    cell["images"] = [{"image": "", "label": label, "score": 0.5} for label in (0, 1)]
+    attempt = Mock(side_effect=[cell, {"error": "ValueError: second"}, KeyboardInterrupt, cell, cell])
+    monkeypatch.setattr(comparison, "_attempt", attempt)
+    arguments = {"models": {"PatchCore": PATCHCORE}, "data": folders, "seeds": (0, 1, 2), "results": tmp_path}
+    with pytest.raises(KeyboardInterrupt):
+        compare(**arguments)
+    text = (tmp_path / "comparison.md").read_text()
+    assert "1 of 3 cells are finished, 1 failed." in text
+    assert "cells, PatchCore, seed 1: ValueError: second" in text
+    assert compare(**arguments) == 0
+    assert [call.args[2] for call in attempt.call_args_list] == [0, 1, 2, 1, 2]  # seeds
+    assert "3 of 3 cells are finished, 0 failed." in (tmp_path / "comparison.md").read_text()
 
 
 def test_no_threshold_may_come_from_test_images(folders, tmp_path) -> None:

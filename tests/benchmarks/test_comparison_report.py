@@ -10,8 +10,9 @@ from anomalib_raad.benchmarks.comparison_report import write_report
 
 PUBLISHED = json.loads(Path(comparison_report.__file__).with_name("published_results.json").read_text())
 CELL = {
-    "test_images": 2, "steps": 100, "fit_seconds": 60.0, "fit_cpu_seconds": 90.0, "step_seconds": 0.5, "latency_ms": 300.0,
-    "bytes": 8_000_000, "average_bits": 32.0, "heatmaps": {"worst normal": "data:image/jpeg;base64,AA=="},
+    "test_images": 2, "steps": 100, "fit_seconds": 60.0, "fit_cpu_seconds": 90.0, "step_seconds": 0.5,
+    "latency_ms": 300.0, "bytes": 8_000_000, "average_bits": 32.0,
+    "heatmaps": {"worst normal": "data:image/jpeg;base64,AA=="},
     "images": [{"image": "good/0.png", "label": 0, "score": 0.2}, {"image": "bad/0.png", "label": 1, "score": 0.7}],
 }  # fmt: skip
 

@@ -123,12 +123,17 @@ def compare(
         folder = results.resolve() / "runs" / str(cell)
         tasks[cell] = (models[cell.model], data[cell.data], cell.seed, limits, folder)
     failed = 0
-    for cell, outcome in tqdm(_outcomes(tasks, ray), "Cells", total=len(tasks)):
-        if "error" in outcome:
-            failed += 1
-            Console(stderr=True).print(f"failed: {cell}: {outcome['error']}", soft_wrap=True, markup=False)
-        paths[cell].write_text(json.dumps(cell._asdict() | outcome, indent=1))
-    write_report(list(paths.values()), results, [name for name, options in data.items() if options.get("apart")])
+    try:
+        for cell, outcome in tqdm(_outcomes(tasks, ray), "Cells", total=len(tasks)):
+            if "error" in outcome:
+                failed += 1
+                Console(stderr=True).print(f"failed: {cell}: {outcome['error']}", soft_wrap=True, markup=False)
+            unfinished = paths[cell].with_suffix(".tmp")
+            unfinished.write_text(json.dumps(cell._asdict() | outcome, indent=1))
+            unfinished.replace(paths[cell])
+    finally:  # an interrupted comparison has a report as well
+        apart = [name for name, options in data.items() if options.get("apart")]
+        write_report(list(paths.values()), results, apart)
     return failed
 
 

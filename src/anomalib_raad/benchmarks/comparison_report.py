@@ -44,7 +44,7 @@ def write_report(paths: Sequence[Path], results: Path, apart: Sequence[str] = ()
     failed = [
         f"{cell['data']}, {cell['model']}, seed {cell['seed']}: {cell['error']}" for cell in cells if "error" in cell
     ]
-    first = cells[0]["model"]
+    first = next((cell["model"] for cell in cells), "")
     cells = [cell for cell in cells if "error" not in cell]
     state = f"{len(cells)} of {len(paths)} cells are finished, {len(failed)} failed."
     tables = _tables(cells, results, first, apart) if cells else {}

@@ -49,3 +49,9 @@ def test_equal_validation_scores_and_none() -> None:
     assert done.pred_label.tolist() == [False, False, True]
     assert done.pred_score.isfinite().all()
     torch.testing.assert_close(processed(RaadPostProcessor(), [0.4, 7.0]).pred_score, torch.tensor([0.4, 7.0]))
+
+
+def test_scores_of_16_bits_stay_apart() -> None:
+    scores = torch.linspace(0.1, 8, 100).bfloat16().unique()
+    done = validated(RaadPostProcessor, 0.0, 1.0, 1.0)(InferenceBatch(pred_score=scores, anomaly_map=scores))
+    assert len(done.pred_score.unique()) == len(scores)

@@ -27,5 +27,6 @@ class RaadPostProcessor(PostProcessor):
         if preds is None:
             return None
         threshold = torch.where(torch.isnan(threshold), (norm_max + norm_min) / 2, threshold)
-        x = (preds - threshold) / (norm_max - norm_min).clamp(min=_LEAST_RANGE)
-        return torch.where(torch.isnan(norm_min), preds, 0.5 + x / (1 + 2 * x.abs()))  # NaN: not validated yet
+        x = (preds.float() - threshold) / (norm_max - norm_min).clamp(min=_LEAST_RANGE)
+        # NaN: not validated yet. In float32, since bfloat16 has only 128 numbers between 0.5 and 1.
+        return torch.where(torch.isnan(norm_min), preds, 0.5 + x / (1 + 2 * x.abs()))

@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help demo test lint format type-check build clean
+.PHONY: help demo test lint format type-check docs build clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -31,8 +31,11 @@ format: $(INSTALLED) ## Rewrite in the project's style
 type-check: $(INSTALLED) ## Check types
 	$(BIN)/mypy
 
+docs: $(INSTALLED) ## Build the documentation into site/
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 build: $(INSTALLED) ## Build sdist and wheel into dist/
 	$(BIN)/python -m build
 
 clean: ## Remove the environment and everything built
-	rm -rf $(VENV) dist build .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) dist build site .pytest_cache .mypy_cache .ruff_cache

@@ -81,7 +81,7 @@ class _Variant:
         self.figures: dict[str, Any] = {
             "load_seconds": time.perf_counter() - start,
             "megabytes": sum(path.with_suffix(suffix).stat().st_size for suffix in (".xml", ".bin")) / 1e6,
-            "convolutions": _convolutions(self.model),
+            "convolutions": convolutions(self.model),
         }
         self.queue = openvino.AsyncInferQueue(
             core.compile_model(path, "CPU", config | {"PERFORMANCE_HINT": "THROUGHPUT"})
@@ -123,7 +123,7 @@ def _export(
     return variants
 
 
-def _convolutions(model: openvino.CompiledModel) -> dict[str, int]:
+def convolutions(model: openvino.CompiledModel) -> dict[str, int]:
     """How many convolutions run in which precision."""
     counts: dict[str, int] = {}
     for operation in model.get_runtime_model().get_ordered_ops():

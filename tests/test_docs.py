@@ -18,13 +18,11 @@ from anomalib_raad.teacher.distillation import Distillation
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCKS = [
-    (page.stem, language, block)
-    for page in PAGES
-    for language, block in re.findall(r"```(\w+)\n(.*?)```", page.read_text(), flags=re.DOTALL)
-]
+    block for page in PAGES for block in re.findall(r"```(\w+)\n(.*?)```", page.read_text(), flags=re.DOTALL)
+]  # language and text
 TRAIN_COMMANDS = [
     shlex.split(line, comments=True)[1:]
-    for _, language, block in BLOCKS
+    for language, block in BLOCKS
     if language == "bash"
     for line in block.replace("\\\n", " ").splitlines()
     if line.startswith("anomalib train")
@@ -63,7 +61,7 @@ def test_an_efficientad_becomes_a_raad(cell_data, engine, tmp_path, monkeypatch)
     trainer = Trainer(logger=False, accelerator="cpu")
     trainer.strategy.connect(efficientad)
     trainer.save_checkpoint("efficientad.ckpt")
-    block = next(block for _, _, block in BLOCKS if "EfficientAd.load_from_checkpoint" in block)
+    block = next(block for _, block in BLOCKS if "EfficientAd.load_from_checkpoint" in block)
     names: dict = {}
     exec(block.replace("999", "1"), names)  # noqa: S102
     raad = names["raad"]

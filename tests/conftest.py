@@ -95,6 +95,7 @@ def coarse_grids(monkeypatch) -> None:
     """Weight steps from the largest weight: the search for better ones takes most of a run of a few steps."""
 
     def step(weight: torch.Tensor, bits: int) -> torch.Tensor:
-        return weight.abs().amax((1, 2, 3), keepdim=True) / weight_range(bits)[1]
+        largest = weight.abs().amax((1, 2, 3), keepdim=True) / weight_range(bits)[1]
+        return largest.clamp(min=torch.finfo(weight.dtype).tiny)  # a channel of zeros
 
     monkeypatch.setattr("anomalib_raad.quantization.layers.search_weight_step", step)

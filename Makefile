@@ -4,10 +4,10 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help demo test lint format type-check build clean
+.PHONY: help demo test lint format type-check coverage docs notebooks build release-check clean
 
 help: ## Show this list
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
 $(INSTALLED): pyproject.toml src/anomalib_raad.pth
 	$(PYTHON) -m venv $(VENV)
@@ -31,8 +31,25 @@ format: $(INSTALLED) ## Rewrite in the project's style
 type-check: $(INSTALLED) ## Check types
 	$(BIN)/mypy
 
+coverage: $(INSTALLED) ## Run the tests and show which lines none of them reaches
+	$(BIN)/python -m pytest --cov=anomalib_raad --cov-report=term-missing:skip-covered
+
+docs: $(INSTALLED) ## Build the documentation into site/
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+notebooks: $(INSTALLED) ## Run the notebooks and keep their outputs
+	$(BIN)/python notebooks/execute.py
+
 build: $(INSTALLED) ## Build sdist and wheel into dist/
 	$(BIN)/python -m build
 
+release-check: $(INSTALLED) ## Build sdist and wheel, check them, try the wheel in an environment of its own
+	rm -rf dist
+	$(BIN)/python -m build
+	$(BIN)/twine check --strict dist/*
+	$(PYTHON) -m venv --clear build/release
+	build/release/bin/python -m pip install --quiet dist/*.whl
+	cd build/release && bin/python -c "from anomalib.models import get_model; print(type(get_model('raad')))"
+
 clean: ## Remove the environment and everything built
-	rm -rf $(VENV) dist build .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) dist build site .pytest_cache .mypy_cache .ruff_cache

@@ -12,6 +12,7 @@ from anomalib.models import Raad
 
 from anomalib_raad import RaadModel
 from anomalib_raad.data.elpv import make_elpv_samples
+from anomalib_raad.quantization.quantizers import weight_range
 from anomalib_raad.teacher.weights import load_teacher_
 
 SMALL = (64, 64)
@@ -87,3 +88,14 @@ def untrained(cells):
     images = [read_image(path, as_tensor=True)[None, :, :128, :128] for path in sorted(cells.glob("train/*"))]
     model.set_teacher_statistics_(images)
     return model, images
+
+
+@pytest.fixture
+def coarse_grids(monkeypatch) -> None:
+    """Weight steps from the largest weight: the search for better ones takes most of a run of a few steps."""
+
+    def step(weight: torch.Tensor, bits: int) -> torch.Tensor:
+        largest = weight.abs().amax((1, 2, 3), keepdim=True) / weight_range(bits)[1]
+        return largest.clamp(min=torch.finfo(weight.dtype).tiny)  # a channel of zeros
+
+    monkeypatch.setattr("anomalib_raad.quantization.layers.search_weight_step", step)

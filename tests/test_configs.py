@@ -1,3 +1,4 @@
+from functools import partial
 from itertools import cycle
 from pathlib import Path
 from unittest.mock import MagicMock
@@ -7,7 +8,9 @@ import yaml
 from anomalib.engine import Engine
 from anomalib.models import Raad
 
+from anomalib_raad import RaadModel
 from anomalib_raad.cli import main
+from anomalib_raad.teacher.weights import save_teacher
 
 CONFIGS = sorted(Path(__file__).parents[1].glob("configs/raad*.yaml"))
 COMPARISONS = sorted(Path(__file__).parents[1].glob("configs/compare*.yaml"))
@@ -23,8 +26,35 @@ def test_anomalib_reads_the_configuration(path: Path, tmp_path) -> None:
     assert model.schedule.scaled(model.hparams["train_steps"], model.hparams["finetune_steps"], total).total == total
 
 
+@pytest.mark.usefixtures("coarse_grids")
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_the_configuration_runs(path: Path, cells, cell_data, tmp_path, monkeypatch) -> None:
+    """Two steps with narrow networks on a few small cells, with a teacher that needs no download, no closed form."""
+    narrow = partial(RaadModel, out_channels=8)
+    monkeypatch.setattr("anomalib_raad.lightning_model.RaadModel", narrow)
+    options = yaml.safe_load(path.read_text())["model"].get("init_args", {})
+    save_teacher(narrow(options.get("model_size", "small")).teacher, tmp_path / "teacher.safetensors")
+    overrides = {
+        "model.teacher": tmp_path / "teacher.safetensors",
+        "model.reconstruction_iterations": 1,
+        "model.closed_form_start": False,
+        "model.restore_student": False,
+        "model.visualizer": False,
+        "trainer.accelerator": "cpu",
+        "trainer.fast_dev_run": 2,
+    }
+    if options.get("penalty_dir"):
+        overrides["model.penalty_dir"] = cells / "bad"
+    engine, model, _ = Engine.from_config(str(path), default_root_dir=str(tmp_path), **overrides)
+    model.pre_processor = Raad.configure_pre_processor((64, 64))
+    engine.fit(model, datamodule=cell_data())
+    assert model.model.quantized
+    assert engine.trainer.global_step == 2
+
+
 def test_there_are_configurations() -> None:
-    assert {"raad", "raad_demo", "raad_paper", "raad_efficientad"} <= {path.stem for path in CONFIGS}
+    expected = {"raad", "raad_cpu", "raad_demo", "raad_efficientad", "raad_medium", "raad_paper"}
+    assert {path.stem for path in CONFIGS} == expected
 
 
 @pytest.mark.parametrize("path", COMPARISONS, ids=lambda path: path.stem)

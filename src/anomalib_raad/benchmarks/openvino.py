@@ -87,7 +87,7 @@ class _Variant:
             "load_seconds": time.perf_counter() - start,
             "megabytes": sum(path.with_suffix(suffix).stat().st_size for suffix in (".xml", ".bin")) / 1e6,
             "memory_megabytes": _memory(path, precision),
-            "convolutions": _convolutions(self.model),
+            "convolutions": convolutions(self.model),
         }
         self.queue = openvino.AsyncInferQueue(
             core.compile_model(path, "CPU", config | {"PERFORMANCE_HINT": "THROUGHPUT"})
@@ -138,7 +138,7 @@ def _memory(path: Path, precision: str | None) -> float:
     return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)  # noqa: S603
 
 
-def _convolutions(model: openvino.CompiledModel) -> dict[str, int]:
+def convolutions(model: openvino.CompiledModel) -> dict[str, int]:
     """How many convolutions run in which precision."""
     counts: dict[str, int] = {}
     for operation in model.get_runtime_model().get_ordered_ops():

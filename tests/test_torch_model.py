@@ -189,3 +189,13 @@ def test_augment_changes_one_property_of_each_image_within_its_range() -> None:
 def test_options__error(options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         RaadModel(**options)
+
+
+@pytest.mark.parametrize("padding", [True, False])
+@pytest.mark.parametrize("size", [(64, 96), (128, 128)])
+def test_blind_edge(padding: bool, size: tuple[int, int]) -> None:
+    model = RaadModel(padding=padding).eval()
+    (map_st, _), edge = model.maps(torch.rand(1, 3, *size)), model.blind_edge
+    assert (map_st[..., edge : -edge or None, edge : -edge or None] > 0).all()
+    assert (edge == 0) == padding
+    assert not map_st[..., : edge // 2, :].any()

@@ -421,8 +421,8 @@ class Raad(AnomalibModule):
             self.model.map_quantiles.copy_(torch.tensor(np.stack([low, high], axis=1)))
         figures = dict(zip(["held_out_map_st", "held_out_map_ae"], values.mean(axis=1).tolist(), strict=True))
         if len(images) > 1 and len({image.shape for image in images}) == 1:
-            st, ae = torch.cat(maps, dim=1)
-            seen = torch.cat(images)
+            inside = slice(self.model.blind_edge, -self.model.blind_edge or None)
+            (st, ae), seen = torch.cat(maps, dim=1)[..., inside, inside], torch.cat(images)[..., inside, inside]
             figures |= {"attention_bias_st": attention_bias(seen, st), "attention_bias_ae": attention_bias(seen, ae)}
         return figures
 

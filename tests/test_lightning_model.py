@@ -22,11 +22,11 @@ STEPS = 9  # 5 of stage 1, 4 of stage 3; an epoch over 4 kept images ends within
 OPTIONS = {"bits": {"conv2": 4}, "reconstruction_iterations": 2}
 
 
-class SaveEveryStep(ModelCheckpoint):
-    """A checkpoint after every optimizer step, and Lightning's own at the end."""
+class SaveEvery(ModelCheckpoint):
+    """Keeps all its checkpoints, beside anomalib's own."""
 
-    def __init__(self, folder: Path) -> None:
-        super().__init__(folder, "{step}", save_top_k=-1, every_n_train_steps=1, auto_insert_metric_name=False)
+    def __init__(self, folder: Path, **options) -> None:
+        super().__init__(folder, "{step}", save_top_k=-1, auto_insert_metric_name=False, **options)
 
 
 class StopAfter(Callback):
@@ -58,7 +58,10 @@ def uninterrupted(cells, tmp_path_factory):
         max_steps=STEPS,
         default_root_dir=folder,
         accelerator="cpu",
-        callbacks=[SaveEveryStep(folder / "steps")],
+        callbacks=[
+            SaveEvery(folder / "steps", every_n_train_steps=1),
+            SaveEvery(folder / "epochs", every_n_epochs=1),
+        ],
         enable_progress_bar=False,
         logger=False,
     )
@@ -112,13 +115,13 @@ def test_the_last_checkpoint_holds_the_finished_model(uninterrupted, cell_data, 
     assert fresh.model.quantized
 
 
-@pytest.mark.parametrize("step", [2, 4, 5, 7])
-def test_resume_equals_the_uninterrupted_run(uninterrupted, cell_data, small_raad, engine, step: int) -> None:
+@pytest.mark.parametrize("name", ["steps/2", "epochs/4", "steps/5", "steps/7"])
+def test_resume_equals_the_uninterrupted_run(uninterrupted, cell_data, small_raad, engine, name: str) -> None:
     """In the middle of an epoch (2, 7), at the end of one (4), and just before quantization (5)."""
     folder, model = uninterrupted
-    seed_everything(1000 + step)  # another process has other random numbers
+    seed_everything(1000)  # another process has other random numbers
     resumed = small_raad(**OPTIONS)
-    engine(max_steps=STEPS, logger=False).fit(resumed, datamodule=cell_data(), ckpt_path=folder / f"steps/{step}.ckpt")
+    engine(max_steps=STEPS, logger=False).fit(resumed, datamodule=cell_data(), ckpt_path=folder / f"{name}.ckpt")
     assert_equal_weights(resumed, model)
 
 
@@ -309,7 +312,7 @@ def test_non_finite_loss_stops_with_good_weights(cell_data, small_raad, engine, 
                 batch.image[:] = torch.nan
 
     model = small_raad()
-    callbacks = [SaveEveryStep(tmp_path / "steps"), Poison()]
+    callbacks = [SaveEvery(tmp_path / "steps", every_n_train_steps=1), Poison()]
     with pytest.raises(FloatingPointError, match=r"loss of step 2 \(stage train\) is not finite"):
         engine(max_steps=9, logger=False, callbacks=callbacks).fit(model, datamodule=cell_data())
     saved = sorted((tmp_path / "steps").glob("*.ckpt"))

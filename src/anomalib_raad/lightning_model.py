@@ -14,6 +14,7 @@ from anomalib import LearningType
 from anomalib.data import Batch
 from anomalib.data.transforms.utils import extract_transforms_by_type
 from anomalib.deploy import CompressionType, ExportType
+from anomalib.engine.plugins.checkpoint_io import AnomalibCheckpointIO
 from anomalib.metrics import Evaluator
 from anomalib.models.components import AnomalibModule
 from anomalib.models.components.base.export_mixin.utils import create_export_root
@@ -26,6 +27,7 @@ from torchvision.transforms.v2 import Compose, Normalize, Resize
 from tqdm import tqdm
 
 from .attention import attention_bias
+from .checkpoints import AtomicCheckpointIO
 from .closed_form import restore_student_
 from .data.penalty import PenaltyImages
 from .data.training import NormalImages
@@ -179,6 +181,8 @@ class Raad(AnomalibModule):
         if self.trainer.datamodule is None:
             msg = "Raad splits its training images itself: pass a datamodule to fit, not dataloaders"
             raise ValueError(msg)
+        if type(self.trainer.strategy.checkpoint_io) is AnomalibCheckpointIO:  # the user's own stays
+            self.trainer.strategy.checkpoint_io = AtomicCheckpointIO()
         number = len(self.trainer.datamodule.train_data)
         if number < 2:
             msg = f"the training set has {number} image(s); Raad needs one to train on and one to hold out, better 20"
@@ -421,7 +425,9 @@ class Raad(AnomalibModule):
         """Draw a step's random numbers from the seed and the step alone, so that a resumed run draws the same."""
         devices = [self.device] if self.device.type == "cuda" else []
         with torch.random.fork_rng(devices):
-            numbers = [int(self.run_seed), self.global_step, batch_idx, self.global_rank]
+            # A run resumed from the checkpoint of an epoch's end counts its first batches on from that epoch.
+            turn = batch_idx % self.trainer.accumulate_grad_batches
+            numbers = [int(self.run_seed), self.global_step, turn, self.global_rank]
             torch.manual_seed(int(np.random.SeedSequence(numbers).generate_state(1)[0]))
             yield
 

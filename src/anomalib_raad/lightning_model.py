@@ -11,7 +11,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 from anomalib import LearningType
-from anomalib.data import Batch
+from anomalib.data import Batch, PredictDataset
 from anomalib.data.transforms.utils import extract_transforms_by_type
 from anomalib.deploy import CompressionType, ExportType
 from anomalib.engine.plugins.checkpoint_io import AnomalibCheckpointIO
@@ -21,6 +21,7 @@ from anomalib.models.components.base.export_mixin.utils import create_export_roo
 from anomalib.post_processing import PostProcessor
 from anomalib.pre_processing import PreProcessor
 from anomalib.visualization import Visualizer
+from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from lightning_utilities.core.imports import module_available
 from torchvision.transforms.v2 import Compose, Normalize, Resize
@@ -30,6 +31,7 @@ from .attention import attention_bias
 from .checkpoints import AtomicCheckpointIO
 from .closed_form import restore_student_
 from .data.penalty import PenaltyImages
+from .data.readable import describe, unreadable
 from .data.training import NormalImages
 from .export.projection import project_
 from .initialization import AUTOENCODER_STEPS, start_in_closed_form_
@@ -187,12 +189,21 @@ class Raad(AnomalibModule):
         if number < 2:
             msg = f"the training set has {number} image(s); Raad needs one to train on and one to hold out, better 20"
             raise ValueError(msg)
+        self._check_images()
         self._check_pre_processor()
         if self.hparams["penalty_dir"] is not None:
             self._penalty = PenaltyImages(self.hparams["penalty_dir"])
         if not self.model.teacher_loaded:
             load_teacher_(self.model.teacher, self.hparams["teacher"], self.hparams["model_size"])
             self.model.teacher_loaded.fill_(value=True)
+
+    def _check_images(self) -> None:
+        """A broken image would end the fit in the middle, the validation's even after the last step."""
+        datasets = [self.trainer.datamodule.train_data, getattr(self.trainer.datamodule, "val_data", None)]
+        paths = [path for dataset in datasets if dataset is not None for path in dataset.samples.image_path]
+        if faults := unreadable(paths):
+            msg = f"{len(faults)} image(s) for training or validation cannot be used:\n{describe(faults)}"
+            raise ValueError(msg)
 
     def _check_pre_processor(self) -> None:
         if self.pre_processor and extract_transforms_by_type(self.pre_processor.transform, Normalize):
@@ -450,6 +461,19 @@ class Raad(AnomalibModule):
         del args, kwargs
         predictions = self.model(batch.image)
         return batch.update(**predictions._asdict())
+
+    def on_predict_start(self) -> None:
+        """Leave out the files of a folder that cannot be read, so that the others are predicted."""
+        for loader in CombinedLoader(self.trainer.predict_dataloaders, "sequential").flattened:
+            if isinstance(loader.dataset, PredictDataset):
+                paths = loader.dataset.image_filenames
+                faults = unreadable(paths)
+                message = f"{len(faults)} of {len(paths)} file(s) to predict cannot be used:\n{describe(faults)}"
+                if len(faults) == len(paths):
+                    raise ValueError(message)
+                if faults:
+                    logger.warning(message)
+                loader.dataset.image_filenames = [path for path in paths if str(path) not in faults]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Save the report's numbers with the model."""

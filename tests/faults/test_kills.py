@@ -104,7 +104,7 @@ def anomalib(command: list[str], output: Path, temporary: str) -> None:
 @pytest.fixture(scope="module")
 def make_runs(cells, tmp_path_factory) -> Iterator:
     # Temporary files on another device, as on many machines: a file does not come from there in one step.
-    memory = Path("/dev/shm")
+    memory = Path("/dev/shm")  # noqa: S108
     with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None) as temporary:
         yield lambda: Runs(tmp_path_factory.mktemp("runs"), cells, temporary)
 
@@ -122,7 +122,7 @@ def uninterrupted(make_runs) -> tuple[dict[str, torch.Tensor], dict[str, float]]
 def test_kills_in_every_stage(make_runs, uninterrupted, round_number: int) -> None:
     """In stage 1, in quantization, while a checkpoint is written, in stage 3; each resumes what the last one left."""
     expected, seconds = uninterrupted
-    draw, runs = random.Random(round_number), make_runs()
+    draw, runs = random.Random(round_number), make_runs()  # noqa: S311
     for number, name in enumerate(("trained", "quantized", "", "model")):
         process = runs.start()
         if name == "quantized":

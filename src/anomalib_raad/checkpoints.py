@@ -1,8 +1,9 @@
-"""Checkpoints that a power cut cannot spoil."""
+"""Checkpoints that a power cut cannot spoil, and files of torch that are checked before they are read."""
 
 import os
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile, ZipFile
 
 import torch
 from anomalib.engine.plugins.checkpoint_io import AnomalibCheckpointIO
@@ -29,3 +30,27 @@ class AtomicCheckpointIO(AnomalibCheckpointIO):
             file.flush()
             os.fsync(file.fileno())
         unfinished.replace(path)
+
+    def load_checkpoint(self, path: _PATH, *args: Any, **kwargs: Any) -> dict[str, Any]:  # noqa: ANN401
+        """Check and read a checkpoint."""
+        check_archive(path)
+        return super().load_checkpoint(path, *args, **kwargs)
+
+
+def check_archive(path: _PATH) -> None:
+    """Compare a local file of ``torch.save`` with the checksums in it; ``torch.load`` does not.
+
+    Raises:
+        ValueError: If the file is damaged or of another kind.
+    """
+    if not Path(path).is_file():  # remote, or missing, which its reader will say
+        return
+    try:
+        with ZipFile(path) as archive:
+            damaged = archive.testzip()
+    except BadZipFile as error:
+        msg = f"{path} was not written by torch.save, or is cut off: {error}"
+        raise ValueError(msg) from error
+    if damaged:
+        msg = f"{path} is damaged: the checksum of {damaged} is wrong; take another copy of the file"
+        raise ValueError(msg)

@@ -28,7 +28,7 @@ from torchvision.transforms.v2 import Compose, Normalize, Resize
 from tqdm import tqdm
 
 from .attention import attention_bias
-from .checkpoints import AtomicCheckpointIO
+from .checkpoints import AtomicCheckpointIO, check_archive
 from .closed_form import restore_student_
 from .data.penalty import PenaltyImages
 from .data.readable import describe, unreadable
@@ -47,6 +47,7 @@ from .torch_model import MAX_IMAGE_SIZE, MIN_IMAGE_SIZE, RaadModel
 
 logger = logging.getLogger(__name__)
 
+_FORMAT = 1  # of checkpoints; raised when an older version could no longer read them
 _UNLIMITED_EPOCHS = {None, -1, 1000}  # Lightning's max_epochs when the user has set none (1000), or no limit (-1)
 _PACE_STEPS = (5, 25)  # batches between which the pace is taken for the forecast of the run's length
 
@@ -178,13 +179,13 @@ class Raad(AnomalibModule):
 
     def setup(self, stage: str) -> None:
         """Check the settings and the data, and load the teacher, before training starts."""
+        if type(self.trainer.strategy.checkpoint_io) is AnomalibCheckpointIO:  # the user's own stays
+            self.trainer.strategy.checkpoint_io = AtomicCheckpointIO()
         if stage != "fit":
             return
         if self.trainer.datamodule is None:
             msg = "Raad splits its training images itself: pass a datamodule to fit, not dataloaders"
             raise ValueError(msg)
-        if type(self.trainer.strategy.checkpoint_io) is AnomalibCheckpointIO:  # the user's own stays
-            self.trainer.strategy.checkpoint_io = AtomicCheckpointIO()
         number = len(self.trainer.datamodule.train_data)
         if number < 2:
             msg = f"the training set has {number} image(s); Raad needs one to train on and one to hold out, better 20"
@@ -476,9 +477,17 @@ class Raad(AnomalibModule):
                 loader.dataset.image_filenames = [path for path in paths if str(path) not in faults]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Save the report's numbers with the model."""
+        """Save the report's numbers with the model.
+
+        Raises:
+            FloatingPointError: If a weight is not finite; a checkpoint of it would be of no use.
+        """
         super().on_save_checkpoint(checkpoint)
-        checkpoint["raad"] = {"outcome": self._outcome.state(), "stages": self._stages}
+        state = self.model.named_parameters(prefix="model")
+        if broken := [name for name, value in state if not value.isfinite().all()]:
+            msg = f"no checkpoint: the values of {', '.join(broken)} are not finite. Lower lr, or check the images."
+            raise FloatingPointError(msg)
+        checkpoint["raad"] = {"format": _FORMAT, "outcome": self._outcome.state(), "stages": self._stages}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restore the report's numbers."""
@@ -486,8 +495,22 @@ class Raad(AnomalibModule):
         if "raad" not in checkpoint:
             msg = "this is not a checkpoint of Raad; it holds a model of another class"
             raise ValueError(msg)
+        if checkpoint["raad"].get("format", _FORMAT) > _FORMAT:
+            msg = f"the checkpoint's format is {checkpoint['raad']['format']}, known are those up to {_FORMAT}; "
+            msg += "install the anomalib-raad that wrote it, or a newer one"
+            raise ValueError(msg)
         self._outcome = Outcome.from_state(checkpoint["raad"]["outcome"])
         self._stages = checkpoint["raad"]["stages"]
+
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path: str | Path, *args: Any, **kwargs: Any) -> "Raad":  # noqa: ANN401
+        """Check a checkpoint and load it, see anomalib's method.
+
+        Raises:
+            ValueError: If the file is damaged, holds another model, or was written by a newer version.
+        """
+        check_archive(checkpoint_path)
+        return cast("Raad", super().load_from_checkpoint(checkpoint_path, *args, **kwargs))
 
     def to_openvino(
         self,

@@ -1,10 +1,12 @@
 """RAAD as an anomalib model: the hooks that carry a fit through its three stages."""
 
 import logging
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, cast
 
@@ -49,6 +51,21 @@ logger = logging.getLogger(__name__)
 
 _FORMAT = 1  # of checkpoints; raised when an older version could no longer read them
 _UNLIMITED_EPOCHS = {None, -1, 1000}  # Lightning's max_epochs when the user has set none (1000), or no limit (-1)
+_NEEDS: dict[str, tuple[Callable[[Any], bool], tuple[str, ...]]] = {
+    "a positive number": (lambda x: 0 < x < math.inf, ("lr", "finetune_lr")),
+    "zero or a positive number": (
+        lambda x: 0 <= x < math.inf,
+        ("weight_decay", "lambda_st", "lambda_stae", "lambda_ae"),
+    ),
+    "a whole number from 1": (
+        lambda x: x >= 1 and isinstance(x, Integral),
+        ("train_steps", "finetune_steps", "calibration_images"),
+    ),
+    "a whole number from 0": (lambda x: x >= 0 and isinstance(x, Integral), ("reconstruction_iterations",)),
+    "a share between 0 and 1": (lambda x: 0 < x < 1, ("held_out",)),
+    "a share from 0 to 1": (lambda x: 0 <= x <= 1, ("lr_decay",)),
+    "a quantile in [0, 1)": (lambda x: 0 <= x < 1, ("p_hard",)),
+}
 _PACE_STEPS = (5, 25)  # batches between which the pace is taken for the forecast of the run's length
 
 
@@ -148,18 +165,12 @@ class Raad(AnomalibModule):
         visualizer: Visualizer | bool = True,
     ) -> None:
         super().__init__(pre_processor, post_processor, evaluator, visualizer)
-        positive = {"lr": lr, "finetune_lr": finetune_lr, "train_steps": train_steps, "finetune_steps": finetune_steps}
-        positive["calibration_images"] = calibration_images
-        for name, value in positive.items():
-            if not value > 0:
-                msg = f"{name} is {value}; a positive number is needed"
-                raise ValueError(msg)
-        if not 0 < held_out < 1:
-            msg = f"held_out is {held_out}; a share between 0 and 1 is needed"
-            raise ValueError(msg)
-        if not 0 <= lr_decay <= 1:
-            msg = f"lr_decay is {lr_decay}; a share from 0 to 1 is needed"
-            raise ValueError(msg)
+        for need, (fits, names) in _NEEDS.items():
+            for name in names:
+                value = self.hparams[name]
+                if not isinstance(value, Real) or not fits(value):
+                    msg = f"{name} is {value!r}; {need} is needed"
+                    raise ValueError(msg)
         self.model = RaadModel(model_size=model_size, padding=padding, p_hard=p_hard)
         self.allocation = Allocation(bits, first_last_bits, autoencoder_bits, hqs_thresholds)
         self.allocation.check_names(list(quantizable_layers(self.model.teacher)))
@@ -308,7 +319,7 @@ class Raad(AnomalibModule):
         stage = self.schedule.stage(self.global_step).name.lower()
         msg = (
             f"the {what} of step {self.global_step} (stage {stage}) is not finite: {details}. The weights are those of "
-            "the last good step. Check the images for NaN, or lower lr."
+            "the last good step. Lower lr, finetune_lr or the lambdas."
         )
         raise FloatingPointError(msg)
 
@@ -485,7 +496,7 @@ class Raad(AnomalibModule):
         super().on_save_checkpoint(checkpoint)
         state = self.model.named_parameters(prefix="model")
         if broken := [name for name, value in state if not value.isfinite().all()]:
-            msg = f"no checkpoint: the values of {', '.join(broken)} are not finite. Lower lr, or check the images."
+            msg = f"no checkpoint: the values of {', '.join(broken)} are not finite. Lower lr or finetune_lr."
             raise FloatingPointError(msg)
         checkpoint["raad"] = {"format": _FORMAT, "outcome": self._outcome.state(), "stages": self._stages}
 

@@ -76,7 +76,7 @@ class Runs:
         """Wait until a new file appears, or for some seconds, and return how long it was."""
         before, begin = self.files(pattern), time.monotonic()
         while self.files(pattern) == before and process.is_alive() and time.monotonic() < begin + seconds:
-            time.sleep(0.002)
+            time.sleep(0.005)
         assert process.is_alive() or process.exitcode == 0, (self.folder / "output.txt").read_text()[-3000:]
         return time.monotonic() - begin
 

@@ -109,6 +109,9 @@ def test_the_last_checkpoint_holds_the_finished_model(uninterrupted, cell_data, 
     for name, value in weights(loaded).items():
         if "post_processor" not in name:  # set by the validation that follows the last step
             torch.testing.assert_close(value, expected[name], rtol=0, atol=0, msg=name)
+    assert loaded._seen == model._seen
+    assert model._seen["channels"] == (1, 1)
+    assert model._seen["width"] == (300, 300)
     fresh = Raad(pre_processor=Raad.configure_pre_processor((64, 64)), visualizer=False)
     metrics = engine(logger=False).test(fresh, datamodule=cell_data(), ckpt_path=path)
     assert 0 <= metrics[0]["image_AUROC"] <= 1
@@ -230,7 +233,7 @@ def test_an_unfinished_run_is_announced(cell_data, small_raad, engine, caplog) -
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"lr": 0.0}, "lr is 0.0; a positive number is needed"),
+        ({"lr": 0.0}, "lr is 0.0; a positive number up to 1 is needed"),
         ({"finetune_steps": 0}, "finetune_steps is 0"),
         ({"calibration_images": 0}, "calibration_images is 0"),
         ({"held_out": 1.0}, "held_out is 1.0; a share between 0 and 1"),

@@ -32,6 +32,7 @@ from tqdm import tqdm
 from .attention import attention_bias
 from .checkpoints import AtomicCheckpointIO, check_archive
 from .closed_form import restore_student_
+from .data.drift import Ranges, differences, ranges
 from .data.penalty import PenaltyImages
 from .data.readable import describe, unreadable
 from .data.training import NormalImages
@@ -52,7 +53,7 @@ logger = logging.getLogger(__name__)
 _FORMAT = 1  # of checkpoints; raised when an older version could no longer read them
 _UNLIMITED_EPOCHS = {None, -1, 1000}  # Lightning's max_epochs when the user has set none (1000), or no limit (-1)
 _NEEDS: dict[str, tuple[Callable[[Any], bool], tuple[str, ...]]] = {
-    "a positive number": (lambda x: 0 < x < math.inf, ("lr", "finetune_lr")),
+    "a positive number up to 1": (lambda x: 0 < x <= 1, ("lr", "finetune_lr")),
     "zero or a positive number": (
         lambda x: 0 <= x < math.inf,
         ("weight_decay", "lambda_st", "lambda_stae", "lambda_ae"),
@@ -179,6 +180,7 @@ class Raad(AnomalibModule):
         self.schedule = Schedule(train_steps, finetune_steps)
         self._outcome = Outcome({}, {}, [])
         self._stages: dict[str, dict[str, Any]] = {}
+        self._seen: Ranges = {}  # properties of the training images
         self._penalty: PenaltyImages | None = None
         self._teacher_features = FeatureCache(self.model.teacher_features)
         self._batches = 0
@@ -251,6 +253,8 @@ class Raad(AnomalibModule):
         self._limit_val_batches, self.trainer.limit_val_batches = self.trainer.limit_val_batches, 0
 
     def _prepare_model(self) -> None:
+        images = self._images.plain(self._images.kept[: self.hparams["calibration_images"]])
+        self._seen = ranges(image[0] for image in images)
         with self.trainer.precision_plugin.forward_context():
             self._set_teacher_statistics()
             if self.hparams["closed_form_start"]:
@@ -486,6 +490,17 @@ class Raad(AnomalibModule):
                 if faults:
                     logger.warning(message)
                 loader.dataset.image_filenames = [path for path in paths if str(path) not in faults]
+        self._drift_warned = not self._seen  # by models of earlier versions
+
+    def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
+        """Warn once in a prediction if an image, not yet resized, is unlike all training images."""
+        if self.trainer.predicting and not self._drift_warned:
+            for path, image in zip(batch.image_path or [], batch.image, strict=False):
+                if found := differences(image, self._seen):
+                    logger.warning("%s is unlike the training images: %s. Scores may mean nothing.", path, found)
+                    self._drift_warned = True
+                    break
+        return cast("Batch", super().on_after_batch_transfer(batch, dataloader_idx))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Save the report's numbers with the model.
@@ -496,9 +511,11 @@ class Raad(AnomalibModule):
         super().on_save_checkpoint(checkpoint)
         state = self.model.named_parameters(prefix="model")
         if broken := [name for name, value in state if not value.isfinite().all()]:
-            msg = f"no checkpoint: the values of {', '.join(broken)} are not finite. Lower lr or finetune_lr."
+            names = ", ".join(broken)
+            msg = f"no checkpoint: the values of {names} are not finite. Lower lr, finetune_lr or weight_decay."
             raise FloatingPointError(msg)
         checkpoint["raad"] = {"format": _FORMAT, "outcome": self._outcome.state(), "stages": self._stages}
+        checkpoint["raad"]["seen"] = self._seen
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restore the report's numbers."""
@@ -512,9 +529,10 @@ class Raad(AnomalibModule):
             raise ValueError(msg)
         self._outcome = Outcome.from_state(checkpoint["raad"]["outcome"])
         self._stages = checkpoint["raad"]["stages"]
+        self._seen = checkpoint["raad"].get("seen", {})
 
     @classmethod
-    def load_from_checkpoint(cls, checkpoint_path: str | Path, *args: Any, **kwargs: Any) -> "Raad":  # noqa: ANN401
+    def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> "Raad":  # noqa: ANN401
         """Check a checkpoint and load it, see anomalib's method.
 
         Raises:

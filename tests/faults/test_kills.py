@@ -131,7 +131,15 @@ def test_kills_in_every_stage(make_runs, uninterrupted, round_number: int) -> No
         process.kill()
         process.join()
         assert process.exitcode == -9, f"kill {number} came too late"
-    actual = runs.finish(runs.start())
+    assert_equal(runs.finish(runs.start()), expected)
+
+
+def test_the_same_seed_gives_the_same_weights(make_runs, uninterrupted) -> None:
+    runs = make_runs()
+    assert_equal(runs.finish(runs.start()), uninterrupted[0])
+
+
+def assert_equal(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
     assert actual.keys() == expected.keys()
     for key, value in expected.items():
         if isinstance(value, torch.Tensor):

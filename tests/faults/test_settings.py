@@ -3,7 +3,6 @@
 import os
 from pathlib import Path
 
-import pytest
 import torch
 from anomalib.models import Raad
 from hypothesis import HealthCheck, given, settings
@@ -14,15 +13,15 @@ WITHOUT_CHANCE = {"derandomize": True, "deadline": None, "database": None}
 UNSHARED = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
 
 number = st.floats() | st.integers(-1, 10**9)
-positive = st.sampled_from([1e-30, 1e-6, 1e-3, 1.0, 1e30])
-weight = st.just(0.0) | positive
+rate = st.sampled_from([1e-30, 1e-6, 1e-3, 1.0])
+weight = st.sampled_from([0.0, 1e-30, 1.0, 1e30])
 steps = st.integers(1, 100)
 bits = st.sampled_from([2, 3, 4, 8])
 VALID = {
     "padding": st.booleans(),
-    "lr": positive,
+    "lr": rate,
     "lr_decay": st.floats(0, 1),
-    "finetune_lr": positive,
+    "finetune_lr": rate,
     "weight_decay": weight,
     "train_steps": steps,
     "finetune_steps": steps,
@@ -76,14 +75,3 @@ def test_valid_settings_train(cell_data, small_raad, engine, tmp_path, options: 
     for path in Path(runner.trainer.default_root_dir).rglob("*.ckpt"):
         state = Raad.load_from_checkpoint(path).model.state_dict()
         assert all(value.isfinite().all() for value in state.values() if isinstance(value, torch.Tensor)), path
-
-
-@pytest.mark.parametrize("lr", ["lr", "finetune_lr"])
-def test_no_checkpoint_after_a_step_too_far(cell_data, small_raad, engine, tmp_path, lr: str) -> None:
-    model = small_raad(
-        bits=8, reconstruction_iterations=0, closed_form_start=False, restore_student=False, **{lr: 1e38}
-    )
-    with pytest.raises(FloatingPointError, match=r"is not finite|are not finite"):
-        engine(max_steps=2, logger=False).fit(model, datamodule=cell_data())
-    for path in tmp_path.rglob("*.ckpt"):
-        assert all(value.isfinite().all() for value in Raad.load_from_checkpoint(path).model.parameters())

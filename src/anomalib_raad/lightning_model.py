@@ -253,8 +253,8 @@ class Raad(AnomalibModule):
         self._limit_val_batches, self.trainer.limit_val_batches = self.trainer.limit_val_batches, 0
 
     def _prepare_model(self) -> None:
-        images = self._images.plain(self._images.kept[: self.hparams["calibration_images"]])
-        self._seen = ranges(image[0] for image in images)
+        originals = self._images.plain(self._images.kept[: self.hparams["calibration_images"]])
+        self._seen = ranges(image[0] for image in originals)
         with self.trainer.precision_plugin.forward_context():
             self._set_teacher_statistics()
             if self.hparams["closed_form_start"]:
@@ -495,7 +495,7 @@ class Raad(AnomalibModule):
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         """Warn once in a prediction if an image, not yet resized, is unlike all training images."""
         if self.trainer.predicting and not self._drift_warned:
-            for path, image in zip(batch.image_path or [], batch.image, strict=False):
+            for path, image in zip(batch.image_path or [], cast("torch.Tensor", batch.image), strict=False):
                 if found := differences(image, self._seen):
                     logger.warning("%s is unlike the training images: %s. Scores may mean nothing.", path, found)
                     self._drift_warned = True

@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help demo test lint format type-check coverage docs notebooks build release-check clean
+.PHONY: help demo test faults lint format type-check coverage docs notebooks build release-check clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -19,6 +19,9 @@ demo: $(INSTALLED) ## Train, quantize, fine-tune and test on real solar cells (a
 
 test: $(INSTALLED) lint type-check ## Check the code and run the tests
 	$(BIN)/python -m pytest
+
+faults: $(INSTALLED) ## Kill training 20 times and resume it, try many settings (half an hour on two cores)
+	FAULT_ROUNDS=5 $(BIN)/python -m pytest -o timeout=0 tests/faults
 
 lint: $(INSTALLED) ## Check style
 	$(BIN)/ruff check

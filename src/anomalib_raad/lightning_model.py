@@ -1,33 +1,40 @@
 """RAAD as an anomalib model: the hooks that carry a fit through its three stages."""
 
 import logging
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import torch
 from anomalib import LearningType
-from anomalib.data import Batch
+from anomalib.data import Batch, PredictDataset
 from anomalib.data.transforms.utils import extract_transforms_by_type
 from anomalib.deploy import CompressionType, ExportType
+from anomalib.engine.plugins.checkpoint_io import AnomalibCheckpointIO
 from anomalib.metrics import Evaluator
 from anomalib.models.components import AnomalibModule
 from anomalib.models.components.base.export_mixin.utils import create_export_root
 from anomalib.post_processing import PostProcessor
 from anomalib.pre_processing import PreProcessor
 from anomalib.visualization import Visualizer
+from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from lightning_utilities.core.imports import module_available
 from torchvision.transforms.v2 import Compose, Normalize, Resize
 from tqdm import tqdm
 
 from .attention import attention_bias
+from .checkpoints import AtomicCheckpointIO, check_archive
 from .closed_form import restore_student_
+from .data.drift import Ranges, differences, ranges
 from .data.penalty import PenaltyImages
+from .data.readable import describe, unreadable
 from .data.training import NormalImages
 from .export.projection import project_
 from .initialization import AUTOENCODER_STEPS, start_in_closed_form_
@@ -44,7 +51,23 @@ from .torch_model import MAX_IMAGE_SIZE, MIN_IMAGE_SIZE, RaadModel
 
 logger = logging.getLogger(__name__)
 
+_FORMAT = 1  # of checkpoints; raised when an older version could no longer read them
 _UNLIMITED_EPOCHS = {None, -1, 1000}  # Lightning's max_epochs when the user has set none (1000), or no limit (-1)
+_NEEDS: dict[str, tuple[Callable[[Any], bool], tuple[str, ...]]] = {
+    "a positive number up to 1": (lambda x: 0 < x <= 1, ("lr", "finetune_lr")),
+    "zero or a positive number": (
+        lambda x: 0 <= x < math.inf,
+        ("weight_decay", "lambda_st", "lambda_stae", "lambda_ae"),
+    ),
+    "a whole number from 1": (
+        lambda x: x >= 1 and isinstance(x, Integral),
+        ("train_steps", "finetune_steps", "calibration_images"),
+    ),
+    "a whole number from 0": (lambda x: x >= 0 and isinstance(x, Integral), ("reconstruction_iterations",)),
+    "a share between 0 and 1": (lambda x: 0 < x < 1, ("held_out",)),
+    "a share from 0 to 1": (lambda x: 0 <= x <= 1, ("lr_decay",)),
+    "a quantile in [0, 1)": (lambda x: 0 <= x < 1, ("p_hard",)),
+}
 _PACE_STEPS = (5, 25)  # batches between which the pace is taken for the forecast of the run's length
 
 
@@ -153,18 +176,12 @@ class Raad(AnomalibModule):
         visualizer: Visualizer | bool = True,
     ) -> None:
         super().__init__(pre_processor, post_processor, evaluator, visualizer)
-        positive = {"lr": lr, "finetune_lr": finetune_lr, "train_steps": train_steps, "finetune_steps": finetune_steps}
-        positive["calibration_images"] = calibration_images
-        for name, value in positive.items():
-            if not value > 0:
-                msg = f"{name} is {value}; a positive number is needed"
-                raise ValueError(msg)
-        if not 0 < held_out < 1:
-            msg = f"held_out is {held_out}; a share between 0 and 1 is needed"
-            raise ValueError(msg)
-        if not 0 <= lr_decay <= 1:
-            msg = f"lr_decay is {lr_decay}; a share from 0 to 1 is needed"
-            raise ValueError(msg)
+        for need, (fits, names) in _NEEDS.items():
+            for name in names:
+                value = self.hparams[name]
+                if not isinstance(value, Real) or not fits(value):
+                    msg = f"{name} is {value!r}; {need} is needed"
+                    raise ValueError(msg)
         self.model = RaadModel(model_size=model_size, padding=padding, p_hard=p_hard)
         self.allocation = Allocation(bits, first_last_bits, autoencoder_bits, hqs_thresholds, average_bits)
         weights = aligned_weights(self.model)
@@ -175,6 +192,7 @@ class Raad(AnomalibModule):
         self._outcome = Outcome({}, {}, [])
         self._stages: dict[str, dict[str, Any]] = {}
         self._steps: list[torch.Tensor] = []
+        self._seen: Ranges = {}  # properties of the training images
         self._penalty: PenaltyImages | None = None
         self._teacher_features = FeatureCache(self.model.teacher_features)
         self._batches = 0
@@ -186,6 +204,8 @@ class Raad(AnomalibModule):
 
     def setup(self, stage: str) -> None:
         """Check the settings and the data, and load the teacher, before training starts."""
+        if type(self.trainer.strategy.checkpoint_io) is AnomalibCheckpointIO:  # the user's own stays
+            self.trainer.strategy.checkpoint_io = AtomicCheckpointIO()
         if stage != "fit":
             return
         if self.trainer.datamodule is None:
@@ -195,12 +215,21 @@ class Raad(AnomalibModule):
         if number < 2:
             msg = f"the training set has {number} image(s); Raad needs one to train on and one to hold out, better 20"
             raise ValueError(msg)
+        self._check_images()
         self._check_pre_processor()
         if self.hparams["penalty_dir"] is not None:
             self._penalty = PenaltyImages(self.hparams["penalty_dir"])
         if not self.model.teacher_loaded:
             load_teacher_(self.model.teacher, self.hparams["teacher"], self.hparams["model_size"])
             self.model.teacher_loaded.fill_(value=True)
+
+    def _check_images(self) -> None:
+        """A broken image would end the fit in the middle, the validation's even after the last step."""
+        datasets = [self.trainer.datamodule.train_data, getattr(self.trainer.datamodule, "val_data", None)]
+        paths = [path for dataset in datasets if dataset is not None for path in dataset.samples.image_path]
+        if faults := unreadable(paths):
+            msg = f"{len(faults)} image(s) for training or validation cannot be used:\n{describe(faults)}"
+            raise ValueError(msg)
 
     def _check_pre_processor(self) -> None:
         if self.pre_processor and extract_transforms_by_type(self.pre_processor.transform, Normalize):
@@ -236,6 +265,8 @@ class Raad(AnomalibModule):
         self._limit_val_batches, self.trainer.limit_val_batches = self.trainer.limit_val_batches, 0
 
     def _prepare_model(self) -> None:
+        originals = self._images.plain(self._images.kept[: self.hparams["calibration_images"]])
+        self._seen = ranges(image[0] for image in originals)
         with self.trainer.precision_plugin.forward_context():
             self._set_teacher_statistics()
             if self.hparams["closed_form_start"]:
@@ -318,7 +349,7 @@ class Raad(AnomalibModule):
         stage = self.schedule.stage(self.global_step).name.lower()
         msg = (
             f"the {what} of step {self.global_step} (stage {stage}) is not finite: {details}. The weights are those of "
-            "the last good step. Check the images for NaN, or lower lr."
+            "the last good step. Lower lr, finetune_lr or the lambdas."
         )
         raise FloatingPointError(msg)
 
@@ -452,7 +483,9 @@ class Raad(AnomalibModule):
         """Draw a step's random numbers from the seed and the step alone, so that a resumed run draws the same."""
         devices = [self.device] if self.device.type == "cuda" else []
         with torch.random.fork_rng(devices):
-            numbers = [int(self.run_seed), self.global_step, batch_idx, self.global_rank]
+            # A run resumed from the checkpoint of an epoch's end counts its first batches on from that epoch.
+            turn = batch_idx % self.trainer.accumulate_grad_batches
+            numbers = [int(self.run_seed), self.global_step, turn, self.global_rank]
             torch.manual_seed(int(np.random.SeedSequence(numbers).generate_state(1)[0]))
             yield
 
@@ -476,10 +509,44 @@ class Raad(AnomalibModule):
         predictions = self.model(batch.image)
         return batch.update(**predictions._asdict())
 
+    def on_predict_start(self) -> None:
+        """Leave out the files of a folder that cannot be read, so that the others are predicted."""
+        for loader in CombinedLoader(self.trainer.predict_dataloaders, "sequential").flattened:
+            if isinstance(loader.dataset, PredictDataset):
+                paths = loader.dataset.image_filenames
+                faults = unreadable(paths)
+                message = f"{len(faults)} of {len(paths)} file(s) to predict cannot be used:\n{describe(faults)}"
+                if len(faults) == len(paths):
+                    raise ValueError(message)
+                if faults:
+                    logger.warning(message)
+                loader.dataset.image_filenames = [path for path in paths if str(path) not in faults]
+        self._drift_warned = not self._seen  # by models of earlier versions
+
+    def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
+        """Warn once in a prediction if an image, not yet resized, is unlike all training images."""
+        if self.trainer.predicting and not self._drift_warned:
+            for path, image in zip(batch.image_path or [], cast("torch.Tensor", batch.image), strict=False):
+                if found := differences(image, self._seen):
+                    logger.warning("%s is unlike the training images: %s. Scores may mean nothing.", path, found)
+                    self._drift_warned = True
+                    break
+        return cast("Batch", super().on_after_batch_transfer(batch, dataloader_idx))
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Save the report's numbers with the model."""
+        """Save the report's numbers with the model.
+
+        Raises:
+            FloatingPointError: If a weight is not finite; a checkpoint of it would be of no use.
+        """
         super().on_save_checkpoint(checkpoint)
-        checkpoint["raad"] = {"outcome": self._outcome.state(), "stages": self._stages}
+        state = self.model.named_parameters(prefix="model")
+        if broken := [name for name, value in state if not value.isfinite().all()]:
+            names = ", ".join(broken)
+            msg = f"no checkpoint: the values of {names} are not finite. Lower lr, finetune_lr or weight_decay."
+            raise FloatingPointError(msg)
+        checkpoint["raad"] = {"format": _FORMAT, "outcome": self._outcome.state(), "stages": self._stages}
+        checkpoint["raad"]["seen"] = self._seen
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restore the report's numbers."""
@@ -487,8 +554,23 @@ class Raad(AnomalibModule):
         if "raad" not in checkpoint:
             msg = "this is not a checkpoint of Raad; it holds a model of another class"
             raise ValueError(msg)
+        if checkpoint["raad"].get("format", _FORMAT) > _FORMAT:
+            msg = f"the checkpoint's format is {checkpoint['raad']['format']}, known are those up to {_FORMAT}; "
+            msg += "install the anomalib-raad that wrote it, or a newer one"
+            raise ValueError(msg)
         self._outcome = Outcome.from_state(checkpoint["raad"]["outcome"])
         self._stages = checkpoint["raad"]["stages"]
+        self._seen = checkpoint["raad"].get("seen", {})
+
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> "Raad":  # noqa: ANN401
+        """Check a checkpoint and load it, see anomalib's method.
+
+        Raises:
+            ValueError: If the file is damaged, holds another model, or was written by a newer version.
+        """
+        check_archive(checkpoint_path)
+        return cast("Raad", super().load_from_checkpoint(checkpoint_path, *args, **kwargs))
 
     def to_openvino(
         self,

@@ -56,7 +56,7 @@ def datamodule(cell_data):
     return datamodule
 
 
-@pytest.mark.parametrize(("share", "number"), [(0.01, 1), (0.4, 2), (0.79, 4)])
+@pytest.mark.parametrize(("share", "number"), [(0.01, 1), (0.4, 2), (0.99, 4)])
 def test_held_out_images_do_not_train(datamodule, share: float, number: int) -> None:
     images = NormalImages(datamodule, share, seed=3)
     assert len(images.held_out) == number

@@ -60,6 +60,37 @@ def test_wrong_shape__error(network, tmp_path) -> None:
         load_teacher_(network, tmp_path / "t.safetensors", "small")
 
 
+@pytest.mark.parametrize("suffix", ["safetensors", "pth"])
+@pytest.mark.parametrize("content", [b"", b"not a teacher, but some text"])
+def test_no_teacher__error(network, tmp_path, suffix: str, content: bytes) -> None:
+    (tmp_path / f"t.{suffix}").write_bytes(content)
+    with pytest.raises(ValueError, match=rf"t\.{suffix} (is no file of safetensors|was not written by torch)"):
+        load_teacher_(network, tmp_path / f"t.{suffix}", "small")
+
+
+def test_one_wrong_bit__error(network, tmp_path) -> None:
+    torch.save(network.state_dict(), tmp_path / "t.pth")
+    content = bytearray((tmp_path / "t.pth").read_bytes())
+    content[len(content) // 2] ^= 64
+    (tmp_path / "t.pth").write_bytes(content)
+    with pytest.raises(ValueError, match=r"t\.pth is damaged"):
+        load_teacher_(network, tmp_path / "t.pth", "small")
+
+
+@pytest.mark.parametrize("content", [[1, 2], {"conv1.weight": 3}])
+def test_no_state_dict__error(network, tmp_path, content) -> None:
+    torch.save(content, tmp_path / "t.pth")
+    with pytest.raises(ValueError, match="does not hold a state dict"):
+        load_teacher_(network, tmp_path / "t.pth", "small")
+
+
+def test_values_that_are_not_finite__error(network, tmp_path) -> None:
+    network.conv2.bias.data[3] = torch.nan
+    save_file(network.state_dict(), tmp_path / "t.safetensors")
+    with pytest.raises(ValueError, match=r"values of conv2\.bias are not finite"):
+        load_teacher_(network, tmp_path / "t.safetensors", "small")
+
+
 def test_changed_bundled_file__error(network, tmp_path, monkeypatch) -> None:
     original = Path(weights.__file__).with_name("teacher_small.safetensors")
     content = bytearray(original.read_bytes())

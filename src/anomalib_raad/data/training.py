@@ -69,7 +69,7 @@ class NormalImages:
 
     Args:
         datamodule: Its training data must be set up.
-        held_out: Share of the images to hold out, at least one image.
+        held_out: Share of the images to hold out, at least one image and not all of them.
         seed: Seed of the split and of the order of training.
 
     Raises:
@@ -80,7 +80,7 @@ class NormalImages:
         self.datamodule = datamodule
         self.seed = seed
         order = torch.randperm(len(datamodule.train_data), generator=torch.Generator().manual_seed(seed)).tolist()
-        number = max(1, round(held_out * len(order)))
+        number = min(max(1, round(held_out * len(order))), len(order) - 1)
         self.held_out, self.kept = order[:number], order[number:]
         # Quantizers and statistics see the images as they are, without the user's random augmentations.
         self._plain = copy(datamodule.train_data)

@@ -8,8 +8,11 @@ import torch
 from anomalib.data.utils import download_and_extract
 from anomalib.models.image.efficient_ad.lightning_model import WEIGHTS_DOWNLOAD_INFO
 from anomalib.utils.path import get_pretrained_weights_dir
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
+
+from anomalib_raad.checkpoints import check_archive
 
 BUNDLED_SHA256 = "55ad1e38c2ed814eff6bb6fe5bc051c6e3adead135d602908c97d6f14501d69a"
 _BUNDLED = "teacher_small.safetensors"
@@ -26,13 +29,11 @@ def load_teacher_(network: nn.Module, source: str | Path, model_size: str) -> No
 
     Raises:
         FileNotFoundError: If ``source`` is neither a known name nor a file.
-        ValueError: If the file does not hold a PDN of this size, or the bundled file was changed.
+        ValueError: If the file is damaged or does not hold a PDN of this size, or the bundled file was changed.
+        pickle.UnpicklingError: If the file holds anything else than tensors.
     """
     path = _teacher_path(source, model_size)
-    if path.suffix == ".safetensors":
-        state = load_file(path)
-    else:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+    state = _read(path)
     own = dict(network.named_parameters())
     shapes = {name: tuple(parameter.shape) for name, parameter in own.items()}
     found = {name: tuple(tensor.shape) for name, tensor in state.items()}
@@ -44,9 +45,28 @@ def load_teacher_(network: nn.Module, source: str | Path, model_size: str) -> No
             f"{shapes.get(name)} ({len(different)} tensors differ)"
         )
         raise ValueError(msg)
+    if broken := [name for name, tensor in state.items() if not tensor.isfinite().all()]:
+        msg = f"{path} holds no teacher: values of {', '.join(broken)} are not finite"
+        raise ValueError(msg)
     with torch.no_grad():
         for name, parameter in own.items():
             parameter.copy_(state[name])
+
+
+def _read(path: Path) -> dict[str, torch.Tensor]:
+    """Read a state dict without unpickling anything else."""
+    if path.suffix == ".safetensors":
+        try:
+            return load_file(path)
+        except SafetensorError as error:
+            msg = f"{path} is no file of safetensors, or damaged: {error}"
+            raise ValueError(msg) from error
+    check_archive(path)
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        msg = f"{path} does not hold a state dict"
+        raise ValueError(msg)
+    return state
 
 
 def _teacher_path(source: str | Path, model_size: str) -> Path:

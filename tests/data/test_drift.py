@@ -1,0 +1,49 @@
+import re
+
+import pytest
+import torch
+from PIL import Image
+
+from anomalib_raad.data.drift import differences, ranges
+
+
+@pytest.fixture
+def images() -> list[torch.Tensor]:
+    torch.manual_seed(0)
+    return [0.25 + 0.5 * torch.rand(3, 60, 80), 0.3 + 0.5 * torch.rand(3, 90, 80)]
+
+
+def test_training_images_do_not_differ(images) -> None:
+    assert [differences(image, ranges(images)) for image in images] == ["", ""]
+
+
+@pytest.mark.parametrize(
+    ("change", "names"),
+    [
+        (lambda image: image[:1].expand(3, -1, -1), ["channels"]),
+        (lambda image: image[:, :29], ["height"]),
+        (lambda image: image.repeat(1, 1, 3), ["width"]),
+        (lambda image: image - 0.3, ["brightness"]),
+        (lambda image: 0.5 + 0.1 * (image - 0.5), ["contrast"]),
+        (lambda image: image / 255, ["brightness", "contrast"]),
+        (lambda image: 0.5 + 1.5 * (image[:, :40, :50] - 0.5), []),
+    ],
+)
+def test_what_differs_is_named(images, change, names: list[str]) -> None:
+    assert re.findall(r"(\w+) \S+ \(training", differences(change(images[0]), ranges(images))) == names
+
+
+def test_ranges_are_told(images) -> None:
+    assert differences(images[0][:1].expand(3, -1, -1), ranges(images)) == "channels 1 (training: 3 to 3)"
+
+
+def test_prediction_warns_once(images, small_raad, engine, tmp_path, caplog) -> None:
+    for name in "ab":
+        Image.new("RGB", (80, 60), "red").save(tmp_path / f"{name}.png")
+    model = small_raad()
+    engine(logger=False).predict(model, data_path=tmp_path)
+    assert "unlike" not in caplog.text  # a model that knows of no training images
+    model._seen = ranges(images)
+    engine(logger=False).predict(model, data_path=tmp_path)
+    assert caplog.text.count("a.png is unlike the training images: contrast 0.471 (training: ") == 1
+    assert "b.png is unlike" not in caplog.text

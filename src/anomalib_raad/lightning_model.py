@@ -30,6 +30,7 @@ from .closed_form import restore_student_
 from .data.penalty import PenaltyImages
 from .data.training import NormalImages
 from .export.projection import project_
+from .figures import StageVisualizer
 from .initialization import AUTOENCODER_STEPS, start_in_closed_form_
 from .post_processing import RaadPostProcessor
 from .pre_processing import RaadPreProcessor
@@ -556,6 +557,11 @@ class Raad(AnomalibModule):
     def configure_post_processor(self) -> PostProcessor:
         """anomalib's, with scores that are not cut off."""
         return RaadPostProcessor()
+
+    @classmethod
+    def configure_visualizer(cls) -> StageVisualizer:
+        """Heatmaps as anomalib draws them, and the figures of the stages."""
+        return StageVisualizer()
 
     @property
     def trainer_arguments(self) -> dict[str, Any]:

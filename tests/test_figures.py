@@ -1,9 +1,14 @@
+from io import BytesIO
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
+from anomalib.loggers import AnomalibTensorBoardLogger
 from anomalib.models import Raad
+from lightning.pytorch.loggers import CSVLogger
 from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from anomalib_raad import figures
 from anomalib_raad.figures import STAGES, stage_checkpoints
@@ -21,7 +26,7 @@ def masks(cells, tmp_path):
     return folder
 
 
-def test_the_first_test_of_a_run_draws_every_stage(masks, cell_data, small_raad, engine, monkeypatch) -> None:
+def test_the_first_test_of_a_run_draws_and_logs_every_stage(masks, cell_data, small_raad, engine, monkeypatch) -> None:
     draw, drawn = figures._draw, {}
 
     def record(path, rows, scales):
@@ -29,7 +34,8 @@ def test_the_first_test_of_a_run_draws_every_stage(masks, cell_data, small_raad,
         return draw(path, rows, scales)
 
     monkeypatch.setattr(figures, "_draw", record)
-    data, runner = cell_data(mask_dir=masks), engine(max_steps=2, logger=False)
+    logger = AnomalibTensorBoardLogger(str(masks.parent / "logs"))
+    data, runner = cell_data(mask_dir=masks), engine(max_steps=2, logger=[logger, CSVLogger(masks.parent)])
     model = small_raad(visualizer=True, closed_form_start=False, restore_student=False)
     runner.fit(model, datamodule=data)
     assert not drawn
@@ -55,6 +61,15 @@ def test_the_first_test_of_a_run_draws_every_stage(masks, cell_data, small_raad,
         torch.testing.assert_close(anomalous_mean[stage], (heatmaps[0] + heatmaps[1]) / 2)
         assert normal_mean[stage].shape == (64, 64)
         torch.testing.assert_close(layers[stage]["conv4"], (teacher - student)[0].square().mean(0))
+
+    logger.save()
+    events = EventAccumulator(logger.log_dir).Reload()
+    logged = {name: events.Images(name) for name in events.Tags()["images"]}
+    assert set(logged) == {"quantization.png", *drawn}
+    for name, (event,) in logged.items():
+        expected = np.asarray(Image.open(results / name).convert("RGB"))
+        np.testing.assert_array_equal(np.asarray(Image.open(BytesIO(event.encoded_image_string))), expected)
+        assert event.step == 2
 
     drawn.clear()
     runner.test(model, datamodule=data)

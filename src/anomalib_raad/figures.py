@@ -11,9 +11,12 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from anomalib.data import AnomalibDataset
+from anomalib.loggers.base import ImageLoggerBase
 from anomalib.models.components import AnomalibModule
 from anomalib.visualization import ImageVisualizer
+from lightning.fabric.loggers.logger import Logger
 from lightning.pytorch import LightningModule, Trainer
+from PIL import Image
 from tqdm import tqdm
 
 from .quantization.layers import quantizable_layers
@@ -34,7 +37,23 @@ class StageVisualizer(ImageVisualizer):
         results = Path(trainer.default_root_dir)
         complete = all(path.exists() for path in stage_checkpoints(results))
         if trainer.is_global_zero and complete and not (results / "stages.png").exists():
-            draw_figures(results, cast("AnomalibModule", pl_module), trainer.datamodule.test_data)
+            figures = draw_figures(results, cast("AnomalibModule", pl_module), trainer.datamodule.test_data)
+            log_figures(trainer.loggers, figures, pl_module.global_step)
+
+
+def log_figures(loggers: Sequence[Logger], figures: Sequence[Path], step: int) -> None:
+    """Give figures to the loggers that take images, which are anomalib's: TensorBoard, MLflow, W&B, Comet.
+
+    Args:
+        loggers: The trainer's loggers.
+        figures: PNG files.
+        step: Optimizer step.
+    """
+    for path in figures:
+        picture = np.asarray(Image.open(path).convert("RGB"))
+        for logger in loggers:
+            if isinstance(logger, ImageLoggerBase):
+                logger.add_image(picture, name=path.name, global_step=step)
 
 
 def stage_checkpoints(results: Path) -> list[Path]:

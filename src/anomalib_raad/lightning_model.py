@@ -30,7 +30,7 @@ from .closed_form import restore_student_
 from .data.penalty import PenaltyImages
 from .data.training import NormalImages
 from .export.projection import project_
-from .figures import StageVisualizer
+from .figures import StageVisualizer, log_figures
 from .initialization import AUTOENCODER_STEPS, start_in_closed_form_
 from .post_processing import RaadPostProcessor
 from .pre_processing import RaadPreProcessor
@@ -333,7 +333,8 @@ class Raad(AnomalibModule):
             self._end_stage("fine_tuned", self.global_step + 1)
             if self.trainer.is_global_zero and not self.trainer.fast_dev_run:
                 folder = Path(self.trainer.default_root_dir)
-                write_report(folder, self.model, self._outcome, list(self._stages.values()))
+                picture = write_report(folder, self.model, self._outcome, list(self._stages.values()))
+                log_figures(self.loggers, [picture], self.global_step + 1)
             self.trainer.limit_val_batches = self._limit_val_batches
             self.trainer.should_stop = True  # lets Lightning validate even in the middle of an epoch
 

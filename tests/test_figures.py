@@ -1,58 +1,53 @@
 from io import BytesIO
+from types import SimpleNamespace
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
-from anomalib.loggers import AnomalibTensorBoardLogger
 from anomalib.models import Raad
-from lightning.pytorch.loggers import CSVLogger
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from anomalib_raad import figures
-from anomalib_raad.figures import STAGES, stage_checkpoints
+from anomalib_raad.figures import STAGES, StageVisualizer, draw_figures, stage_checkpoints
+
+FIGURES = {"stages.png", "attention.png", "layers.png"}
 
 
-@pytest.fixture
-def masks(cells, tmp_path):
-    """A folder with a mask for each defective cell: its left half is defective."""
-    folder = tmp_path / "masks"
-    folder.mkdir()
-    for path in cells.glob("bad/*"):
+def test_the_test_of_a_run_draws_the_figures_and_the_logger_gets_them(finished_run) -> None:
+    assert {path.name for path in finished_run.glob("*.png")} == FIGURES | {"quantization.png"}
+    events = EventAccumulator(str(next(finished_run.parents[2].rglob("logs")))).Reload()
+    logged = {name: events.Images(name) for name in events.Tags()["images"]}
+    assert set(logged) == FIGURES | {"quantization.png"}
+    for name, (event,) in logged.items():
+        expected = np.asarray(Image.open(finished_run / name).convert("RGB"))
+        np.testing.assert_array_equal(np.asarray(Image.open(BytesIO(event.encoded_image_string))), expected)
+        assert event.step == 2
+
+
+def test_what_the_figures_show(cells, finished_run, cell_data, tmp_path, monkeypatch) -> None:
+    """Each stage's column is what the networks of its own checkpoint compute."""
+    for path in cells.glob("bad/*"):  # masks: the left half is defective
         half = np.zeros(Image.open(path).size, dtype=np.uint8)
         half[:, : len(half) // 2] = 255
-        Image.fromarray(half).save(folder / path.name)
-    return folder
-
-
-def test_the_first_test_of_a_run_draws_and_logs_every_stage(masks, cell_data, small_raad, engine, monkeypatch) -> None:
-    draw, drawn = figures._draw, {}
-
-    def record(path, rows, scales):
-        drawn[path.name] = rows
-        return draw(path, rows, scales)
-
-    monkeypatch.setattr(figures, "_draw", record)
-    logger = AnomalibTensorBoardLogger(str(masks.parent / "logs"))
-    data, runner = cell_data(mask_dir=masks), engine(max_steps=2, logger=[logger, CSVLogger(masks.parent)])
-    model = small_raad(visualizer=True, closed_form_start=False, restore_student=False)
-    runner.fit(model, datamodule=data)
-    assert not drawn
-    runner.test(model, datamodule=data)
-    results = next(masks.parent.rglob("stages.png")).parent
-    assert list(drawn) == ["stages.png", "attention.png", "layers.png"]
-    assert {path.name for path in results.glob("*.png")} == {"quantization.png", *drawn}
+        Image.fromarray(half).save(tmp_path / path.name)
+    data, drawn = cell_data(mask_dir=tmp_path), {}
+    data.setup()
+    monkeypatch.setattr(figures, "_draw", lambda path, rows, scales: drawn.setdefault(path.name, rows))
+    draw_figures(finished_run, Raad(), data.test_data)
+    assert set(drawn) == FIGURES
 
     examples = drawn["stages.png"]
     assert [kind for kind, _ in examples] == ["anomalous", "anomalous", "normal"]
     row = examples[0][1]
     assert list(row) == ["image", "mask", *STAGES.values()]
+    assert row["image"].shape == (3, 64, 64)
     assert row["mask"].float().mean() == 0.5
     (name, anomalous_mean), (_, normal_mean) = drawn["attention.png"]
     assert name == "mean of 2 anomalous"
     layers = dict(drawn["layers.png"])
-    for stage, path in zip(STAGES.values(), stage_checkpoints(results), strict=True):
+    for stage, path in zip(STAGES.values(), stage_checkpoints(finished_run), strict=True):
         networks = Raad.load_from_checkpoint(path).model.eval()
         with torch.no_grad():
             heatmaps = [networks(row["image"][None]).anomaly_map[0, 0] for _, row in examples]
@@ -62,18 +57,11 @@ def test_the_first_test_of_a_run_draws_and_logs_every_stage(masks, cell_data, sm
         assert normal_mean[stage].shape == (64, 64)
         torch.testing.assert_close(layers[stage]["conv4"], (teacher - student)[0].square().mean(0))
 
-    logger.save()
-    events = EventAccumulator(logger.log_dir).Reload()
-    logged = {name: events.Images(name) for name in events.Tags()["images"]}
-    assert set(logged) == {"quantization.png", *drawn}
-    for name, (event,) in logged.items():
-        expected = np.asarray(Image.open(results / name).convert("RGB"))
-        np.testing.assert_array_equal(np.asarray(Image.open(BytesIO(event.encoded_image_string))), expected)
-        assert event.step == 2
 
-    drawn.clear()
-    runner.test(model, datamodule=data)
-    assert not drawn
+def test_a_run_is_drawn_once_and_only_when_it_is_complete(finished_run, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(figures, "draw_figures", lambda *_: pytest.fail("drawn"))
+    for results in (finished_run, tmp_path):
+        StageVisualizer().on_test_end(SimpleNamespace(default_root_dir=results, is_global_zero=True), None)
 
 
 def test_columns_that_are_named_together_share_a_scale(tmp_path, monkeypatch) -> None:

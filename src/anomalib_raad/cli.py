@@ -3,6 +3,7 @@
 import json
 import sys
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 from jsonargparse import auto_cli
@@ -16,6 +17,7 @@ USAGE = """usage: anomalib-raad COMMAND [--help] [--config FILE] [options]
   distill   distil a teacher from a backbone and a folder of photos (Eq. 1)
   compare   fit and test several models on several data sets with several seeds
   figures   draw where each stage of a finished run looks
+  inspect   show in the browser what a deployed model says about images
 """
 
 
@@ -78,6 +80,12 @@ def main() -> None:
         sys.exit(min(1, auto_cli(compare, args=arguments, as_positional=False, prog="anomalib-raad compare")))
     elif command == "figures":
         auto_cli(figures, args=arguments, as_positional=False, prog="anomalib-raad figures")
+    elif command == "inspect":
+        if find_spec("gradio") is None:
+            sys.exit("anomalib-raad inspect needs Gradio: pip install 'anomalib-raad[inspect]'")
+        from .inspection import inspect  # noqa: PLC0415
+
+        auto_cli(inspect, args=arguments, as_positional=False, prog="anomalib-raad inspect")
     else:
         sys.stdout.write(USAGE)
         sys.exit(0 if command in {"-h", "--help"} else 2)

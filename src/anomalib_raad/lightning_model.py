@@ -290,8 +290,8 @@ class Raad(AnomalibModule):
     def training_step(self, batch: Batch, batch_idx: int) -> STEP_OUTPUT:
         """Compute the loss of Eq. 6 and log its terms."""
         images = cast("torch.Tensor", batch.image)
-        # With random augmentations an image is never the same twice.
-        fixed = self.trainer.datamodule.train_data.augmentations is None
+        # With random augmentations an image is never the same twice. The dataset's own also hold our Resize.
+        fixed = self.trainer.datamodule.train_augmentations is None
         features = self._teacher_features(batch.image_path, images) if fixed else None
         with self._step_randomness(batch_idx):
             losses = self.model(images, self._penalty.draw(images) if self._penalty else None, features)

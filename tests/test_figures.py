@@ -60,8 +60,13 @@ def test_what_the_figures_show(cells, finished_run, cell_data, tmp_path, monkeyp
 
 def test_a_run_is_drawn_once_and_only_when_it_is_complete(finished_run, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(figures, "draw_figures", lambda *_: pytest.fail("drawn"))
-    for results in (finished_run, tmp_path):
-        StageVisualizer().on_test_end(SimpleNamespace(default_root_dir=results, is_global_zero=True), None)
+    trainer = SimpleNamespace(default_root_dir=finished_run, is_global_zero=True, datamodule=object())
+    StageVisualizer().on_test_end(trainer, None)
+    trainer.default_root_dir = tmp_path
+    StageVisualizer().on_test_end(trainer, None)
+    monkeypatch.setattr(figures, "stage_checkpoints", lambda _: [finished_run])
+    trainer.datamodule = None
+    StageVisualizer().on_test_end(trainer, None)
 
 
 def test_columns_that_are_named_together_share_a_scale(tmp_path, monkeypatch) -> None:

@@ -33,9 +33,9 @@ class StageVisualizer(ImageVisualizer):
     """anomalib's visualizer, which after the first test of a finished run draws the figures of its stages as well."""
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Draw the figures where the checkpoints of all stages are."""
+        """Draw the figures where the checkpoints of all stages are, if a datamodule has the images."""
         results = Path(trainer.default_root_dir)
-        complete = all(path.exists() for path in stage_checkpoints(results))
+        complete = all(path.exists() for path in stage_checkpoints(results)) and trainer.datamodule is not None
         if trainer.is_global_zero and complete and not (results / "stages.png").exists():
             figures = draw_figures(results, cast("AnomalibModule", pl_module), trainer.datamodule.test_data)
             log_figures(trainer.loggers, figures, pl_module.global_step)

@@ -22,7 +22,7 @@ from anomalib.pre_processing import PreProcessor
 from anomalib.visualization import Visualizer
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from lightning_utilities.core.imports import module_available
-from torchvision.transforms.v2 import Compose, Normalize, Resize
+from torchvision.transforms.v2 import Normalize, Resize
 from tqdm import tqdm
 
 from .attention import attention_bias
@@ -553,7 +553,8 @@ class Raad(AnomalibModule):
     @classmethod
     def configure_pre_processor(cls, image_size: tuple[int, int] | None = None) -> PreProcessor:
         """Resize to 256x256 by default; ImageNet normalisation is part of the networks."""
-        return RaadPreProcessor(transform=Compose([Resize(image_size or (256, 256), antialias=True)]))
+        # Not in a Compose: anomalib's tiled ensemble takes the Resize out, and a Compose must not be empty.
+        return RaadPreProcessor(transform=Resize(image_size or (256, 256), antialias=True))
 
     def configure_post_processor(self) -> PostProcessor:
         """anomalib's, with scores that are not cut off."""

@@ -8,7 +8,9 @@ import torch
 from anomalib.data import Folder
 from anomalib.data.utils import read_image
 from anomalib.engine import Engine
+from anomalib.loggers import AnomalibTensorBoardLogger
 from anomalib.models import Raad
+from lightning.pytorch.loggers import CSVLogger
 
 from anomalib_raad import RaadModel
 from anomalib_raad.data.elpv import make_elpv_samples
@@ -54,6 +56,28 @@ def cell_data(cells: Path):
         )
 
     return make
+
+
+@pytest.fixture(scope="session")
+def finished_run(cells: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Results folder of a run of two steps, fitted, tested and logged to TensorBoard in its folder ``logs``."""
+    root = tmp_path_factory.mktemp("finished")
+    data = Folder(
+        name="cells", root=cells, normal_dir="train", normal_test_dir="good", abnormal_dir="bad",
+        train_batch_size=1, eval_batch_size=2, num_workers=0, val_split_mode="same_as_test", seed=0,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    # Four images are far too few for the closed form: its huge weights would magnify every rounding error.
+    model = Raad(
+        pre_processor=Raad.configure_pre_processor(SMALL),
+        reconstruction_iterations=2,
+        closed_form_start=False,
+        restore_student=False,
+    )
+    loggers = [AnomalibTensorBoardLogger(str(root), "logs", ""), CSVLogger(root)]
+    engine = Engine(max_steps=2, default_root_dir=root, accelerator="cpu", enable_progress_bar=False, logger=loggers)
+    engine.train(model, datamodule=data)
+    return Path(engine.trainer.default_root_dir)
 
 
 @pytest.fixture

@@ -91,6 +91,7 @@ def run(model: openvino.CompiledModel, images: torch.Tensor) -> dict[str, np.nda
 @pytest.mark.parametrize("input_size", [(64, 64), None], ids=["fixed", "dynamic"])
 def test_openvino(finished: Raad, images: torch.Tensor, tmp_path, input_size) -> None:
     model = compiled(finished.to_openvino(tmp_path, input_size=input_size))
+    assert str(model.input(0).partial_shape) == ("[?,3,64,64]" if input_size else "[?,3,?,?]")
     for batch in (images, images[:1]):
         assert_close(run(model, batch), finished, batch)
     if input_size is None:

@@ -9,10 +9,10 @@ from anomalib.data import Folder
 from anomalib.engine import Engine
 from anomalib.models import Raad
 from lightning.pytorch import seed_everything
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, LambdaCallback, ModelCheckpoint
 from PIL import Image
 from torch import nn
-from torchvision.transforms.v2 import Compose, Normalize, Resize
+from torchvision.transforms.v2 import Compose, Normalize, RandomHorizontalFlip, Resize
 
 from anomalib_raad import RaadModel
 from anomalib_raad.quantization.layers import quantizable_layers
@@ -252,6 +252,17 @@ def test_the_datamodule_is_given_back(cell_data, small_raad, engine) -> None:
     data = cell_data()
     engine(max_steps=2, logger=False).fit(small_raad(), datamodule=data)
     assert len(data.train_dataloader()) == 5
+
+
+@pytest.mark.parametrize(("augmentations", "expected"), [(None, [1]), (RandomHorizontalFlip(), [0])])
+def test_teacher_features_are_kept_without_augmentations(
+    cell_data, small_raad, engine, augmentations, expected
+) -> None:
+    model, kept = small_raad(closed_form_start=False), []
+    count = LambdaCallback(on_train_batch_end=lambda *_: kept.append(len(model._teacher_features._features)))
+    data = cell_data(train_augmentations=augmentations)
+    engine(max_steps=9, logger=False, callbacks=[StopAfter(1), count]).fit(model, datamodule=data)
+    assert kept == expected
 
 
 def test_an_unfinished_run_is_announced(cell_data, small_raad, engine, caplog) -> None:

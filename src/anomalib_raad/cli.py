@@ -3,6 +3,7 @@
 import json
 import sys
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 from jsonargparse import auto_cli
@@ -15,6 +16,8 @@ USAGE = """usage: anomalib-raad COMMAND [--help] [--config FILE] [options]
 
   distill   distil a teacher from a backbone and a folder of photos (Eq. 1)
   compare   fit and test several models on several data sets with several seeds
+  figures   draw where each stage of a finished run looks
+  inspect   show in the browser what a deployed model says about images
 """
 
 
@@ -50,6 +53,22 @@ def distill(arguments: Sequence[str]) -> None:
     sys.stdout.write(f"teacher: {output}\nrecord: {output.with_suffix('.json')}\n")
 
 
+def figures(results: Path) -> None:
+    """Draw the figures of a finished run, as a test of it does (see :mod:`~anomalib_raad.figures`).
+
+    Args:
+        results: Results folder of ``anomalib train``, with its ``config.yaml``.
+    """
+    from anomalib.engine import Engine  # noqa: PLC0415  # slow to import
+
+    from .figures import draw_figures  # noqa: PLC0415
+
+    _, model, datamodule = Engine.from_config(results / "config.yaml")
+    datamodule.setup("test")
+    for path in draw_figures(results, model, datamodule.test_data):
+        sys.stdout.write(f"{path}\n")
+
+
 def main() -> None:
     """Run the command line."""
     command, *arguments = sys.argv[1:] or ["--help"]
@@ -59,6 +78,14 @@ def main() -> None:
         from .benchmarks.comparison import compare  # noqa: PLC0415  # plotting libraries that nothing else needs
 
         sys.exit(min(1, auto_cli(compare, args=arguments, as_positional=False, prog="anomalib-raad compare")))
+    elif command == "figures":
+        auto_cli(figures, args=arguments, as_positional=False, prog="anomalib-raad figures")
+    elif command == "inspect":
+        if find_spec("gradio") is None:
+            sys.exit("anomalib-raad inspect needs Gradio: pip install 'anomalib-raad[inspect]'")
+        from .inspection import inspect  # noqa: PLC0415
+
+        auto_cli(inspect, args=arguments, as_positional=False, prog="anomalib-raad inspect")
     else:
         sys.stdout.write(USAGE)
         sys.exit(0 if command in {"-h", "--help"} else 2)

@@ -16,7 +16,7 @@ from lightning.pytorch import seed_everything
 from rich.console import Console
 from rich.table import Table
 
-STAGES = {"trained": "before quantization", "quantized": "after quantization", "model": "after fine-tuning"}
+from .figures import STAGES
 
 
 def run(configuration: str = "configs/raad_demo.yaml", max_steps: int | None = None) -> Path:
@@ -61,7 +61,10 @@ def _print(metrics: dict[str, dict[str, float]], report: dict[str, Any], results
         if network == "student":
             bits.add_row(name, f"{layer['score']:.3f}", str(layer["bits"]))
     console.print(bits)
-    console.print(f"Heatmaps: {results / 'images'}\nReport: {results / 'quantization.json'}", soft_wrap=True)
+    console.print(
+        f"Heatmaps: {results / 'images'}\nStages: {results / 'stages.png'}\nReport: {results / 'quantization.json'}",
+        soft_wrap=True,
+    )
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from anomalib.visualization import Visualizer
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from lightning_utilities.core.imports import module_available
-from torchvision.transforms.v2 import Compose, Normalize, Resize
+from torchvision.transforms.v2 import Normalize, Resize
 from tqdm import tqdm
 
 from .attention import attention_bias
@@ -37,6 +37,7 @@ from .data.penalty import PenaltyImages
 from .data.readable import describe, unreadable
 from .data.training import NormalImages
 from .export.projection import project_
+from .figures import StageVisualizer, log_figures
 from .initialization import AUTOENCODER_STEPS, start_in_closed_form_
 from .post_processing import RaadPostProcessor
 from .pre_processing import RaadPreProcessor
@@ -320,8 +321,8 @@ class Raad(AnomalibModule):
     def training_step(self, batch: Batch, batch_idx: int) -> STEP_OUTPUT:
         """Compute the loss of Eq. 6 and log its terms."""
         images = cast("torch.Tensor", batch.image)
-        # With random augmentations an image is never the same twice.
-        fixed = self.trainer.datamodule.train_data.augmentations is None
+        # With random augmentations an image is never the same twice. The dataset's own also hold our Resize.
+        fixed = self.trainer.datamodule.train_augmentations is None
         features = self._teacher_features(batch.image_path, images) if fixed else None
         with self._step_randomness(batch_idx):
             losses = self.model(images, self._penalty.draw(images) if self._penalty else None, features)
@@ -363,7 +364,8 @@ class Raad(AnomalibModule):
             self._end_stage("fine_tuned", self.global_step + 1)
             if self.trainer.is_global_zero and not self.trainer.fast_dev_run:
                 folder = Path(self.trainer.default_root_dir)
-                write_report(folder, self.model, self._outcome, list(self._stages.values()))
+                picture = write_report(folder, self.model, self._outcome, list(self._stages.values()))
+                log_figures(self.loggers, [picture], self.global_step + 1)
             self.trainer.limit_val_batches = self._limit_val_batches
             self.trainer.should_stop = True  # lets Lightning validate even in the middle of an epoch
 
@@ -633,11 +635,17 @@ class Raad(AnomalibModule):
     @classmethod
     def configure_pre_processor(cls, image_size: tuple[int, int] | None = None) -> PreProcessor:
         """Resize to 256x256 by default; ImageNet normalisation is part of the networks."""
-        return RaadPreProcessor(transform=Compose([Resize(image_size or (256, 256), antialias=True)]))
+        # Not in a Compose: anomalib's tiled ensemble takes the Resize out, and a Compose must not be empty.
+        return RaadPreProcessor(transform=Resize(image_size or (256, 256), antialias=True))
 
     def configure_post_processor(self) -> PostProcessor:
         """anomalib's, with scores that are not cut off."""
         return RaadPostProcessor()
+
+    @classmethod
+    def configure_visualizer(cls) -> StageVisualizer:
+        """Heatmaps as anomalib draws them, and the figures of the stages."""
+        return StageVisualizer()
 
     @property
     def trainer_arguments(self) -> dict[str, Any]:

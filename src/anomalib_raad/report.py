@@ -12,7 +12,7 @@ from .quantization.recipe import Outcome
 from .torch_model import RaadModel
 
 
-def write_report(folder: Path, model: RaadModel, outcome: Outcome, stages: Sequence[dict[str, Any]]) -> None:
+def write_report(folder: Path, model: RaadModel, outcome: Outcome, stages: Sequence[dict[str, Any]]) -> Path:
     """Write ``quantization.json`` and ``quantization.png``.
 
     Args:
@@ -20,6 +20,9 @@ def write_report(folder: Path, model: RaadModel, outcome: Outcome, stages: Seque
         model: The finished model.
         outcome: What quantization found out.
         stages: The figures of each stage.
+
+    Returns:
+        Path of the picture.
     """
     networks = {"teacher": model.teacher, "student": model.student, "autoencoder": model.ae}
     layers: list[dict[str, Any]] = [
@@ -46,7 +49,9 @@ def write_report(folder: Path, model: RaadModel, outcome: Outcome, stages: Seque
     }
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "quantization.json").write_text(json.dumps(report, indent=2))
-    _draw(report, folder / "quantization.png")
+    picture = folder / "quantization.png"
+    _draw(report, picture)
+    return picture
 
 
 def _draw(report: dict[str, Any], path: Path) -> None:

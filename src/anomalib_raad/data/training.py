@@ -82,16 +82,17 @@ class NormalImages:
         order = torch.randperm(len(datamodule.train_data), generator=torch.Generator().manual_seed(seed)).tolist()
         number = min(max(1, round(held_out * len(order))), len(order) - 1)
         self.held_out, self.kept = order[:number], order[number:]
-        # Quantizers and statistics see the images as they are, without the user's random augmentations.
         self._plain = copy(datamodule.train_data)
-        self._plain.augmentations = None
+        self._collate = datamodule.external_collate_fn or self._plain.collate_fn
+        # Quantizers and statistics see the images as they are, without the user's random augmentations. In a tiled
+        # ensemble, however, anomalib resizes in them, and cuts the tile out while it collates.
+        if datamodule.external_collate_fn is None:
+            self._plain.augmentations = None
 
     def plain(self, indices: Sequence[int]) -> Iterator[torch.Tensor]:
         """Yield images without augmentation, each of shape ``(1, 3, H, W)`` in [0, 1]."""
         for index in indices:
-            image = self._plain[index].image
-            assert image is not None  # noqa: S101  # a dataset item may lack an image, a training item never does
-            yield image.unsqueeze(0)
+            yield self._collate([self._plain[index]]).image
 
     def take_over_training(self, position: Callable[[], int], rank: int, world_size: int) -> None:
         """Let the datamodule train on the kept images, in an order that can be resumed, until :meth:`release`."""

@@ -49,6 +49,7 @@ def _convert(module: AnomalibModule, input_size: tuple[int, int] | None) -> open
     with integer_convolutions(module):
         program = torch.export.export(module, (example,), dynamic_shapes=shapes, strict=False)
     model = openvino.convert_model(program)
+    model.reshape([-1, 3, *(input_size or (-1, -1))])  # the conversion leaves every size of the input open
     model.inputs[0].get_tensor().set_names({"input"})
     for output, name in zip(model.outputs, names, strict=True):
         output.get_tensor().set_names({name})

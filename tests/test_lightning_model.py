@@ -215,7 +215,7 @@ def test_learning_rate_of_each_stage_and_stage_in_the_logger(cell_data, small_ra
     engine(max_steps=4, logger=logger, log_every_n_steps=1, callbacks=callbacks).fit(model, datamodule=cell_data())
     rows = pd.read_csv(Path(logger.log_dir) / "metrics.csv")
     assert rows["stage"].dropna().tolist() == [1, 1, 3, 3]
-    assert rows["lr-Adam"].dropna().tolist() == pytest.approx([1e-3, 1e-4, 1e-5, 1e-6])
+    assert rows["lr-Adam/weights"].dropna().tolist() == pytest.approx([1e-3, 1e-4, 1e-5, 1e-6])
 
 
 def test_penalty_and_plain_maps(cell_data, small_raad, engine, cells) -> None:

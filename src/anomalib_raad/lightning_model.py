@@ -288,7 +288,10 @@ class Raad(AnomalibModule):
         for step in self._steps:
             step.requires_grad_(options["learn_steps"])
         optimizer = torch.optim.Adam(
-            [{"params": parameters, "weight_decay": options["weight_decay"]}, {"params": self._steps}],
+            [
+                {"name": "weights", "params": parameters, "weight_decay": options["weight_decay"]},
+                {"name": "steps", "params": self._steps},
+            ],
             lr=options["lr"],
         )
 

@@ -22,7 +22,7 @@ from jsonargparse import auto_cli
 from rich.console import Console
 from rich.table import Table
 from torchvision.transforms.v2 import Resize
-from tqdm import tqdm
+from tqdm import trange
 
 from anomalib_raad import Raad
 
@@ -51,7 +51,7 @@ def main(
     for size in sizes:
         model.pre_processor = Raad.configure_pre_processor((size, size))
         resize = Resize((size, size), antialias=True)
-        images = [resize(item.image) for item in tqdm(data.test_data, f"{size}x{size}")]
+        images = [resize(data.test_data[index].image) for index in trange(len(data.test_data), desc=f"{size}x{size}")]
         rows += [{"size": size, **row} for row in compare(model, torch.stack(images), batches)]
     columns = list(rows[0])
     table = Table(*columns)

@@ -39,14 +39,16 @@ def _weights(line: torch.Tensor, goal: int) -> torch.Tensor:
     """What each pixel of a line of the source gives to each of ``goal`` pixels, ``(goal, length)``.
 
     A triangle about the goal's centre, two goal pixels wide, but no narrower than two pixels of the source. The length
-    is a tensor, since OpenVINO cannot read arithmetic on sizes.
+    is a tensor, since OpenVINO cannot read arithmetic on sizes. Places are integers, in pixels divided by ``2 goal``,
+    since runtimes that compute in bfloat16 would round them to multiples of two pixels beyond 256.
     """
-    ones = torch.ones_like(line)
-    scale = ones.sum() / goal
-    centres = (torch.arange(goal, device=line.device) + 0.5) * scale
-    distances = (ones.cumsum(0) - 0.5 - centres[:, None]).abs() / scale.clamp(min=1)
-    triangle = (1 - distances).clamp(min=0)
-    return triangle / triangle.sum(dim=1, keepdim=True)
+    ones = torch.ones_like(line, dtype=torch.int32)
+    length = ones.sum(dtype=torch.int32)
+    pixels = goal * (2 * ones.cumsum(0, dtype=torch.int32) - 1)
+    centres = length * (2 * torch.arange(goal, dtype=torch.int32, device=line.device) + 1)
+    half_width = 2 * length.clamp(min=goal)
+    triangle = (half_width - (pixels - centres[:, None]).abs()).clamp(min=0)
+    return triangle.to(line.dtype) / triangle.sum(dim=1, keepdim=True, dtype=torch.int32).to(line.dtype)
 
 
 def exportable(transform: Transform) -> nn.Module:

@@ -26,6 +26,7 @@ from lightning.pytorch import seed_everything
 from anomalib_raad import Raad
 
 from .scores import SquashingPostProcessor
+from .tables import markdown
 from .testing import ranking_metrics, set_up_
 
 logger = logging.getLogger(__name__)
@@ -143,11 +144,7 @@ def table(results: Path = RESULTS, metric: str = "image_AUROC") -> None:
     order = list(dict.fromkeys(["baseline", _LONGER, *frame["row"]]))
     mean = frame.pivot_table(index="row", columns="data", values=metric).reindex(order)
     mean["mean"] = mean.mean(axis=1)
-    lines = ["| row | " + " | ".join(map(str, mean.columns)) + " |", "|---" * (len(mean.columns) + 1) + "|"]
-    lines += [
-        f"| {row} | " + " | ".join(f"{value:.3f}" for value in values) + " |" for row, *values in mean.itertuples()
-    ]
-    (results / "ablation.md").write_text("\n".join(lines) + "\n")
+    (results / "ablation.md").write_text(markdown(mean.map("{:.3f}".format).reset_index()) + "\n")
     axis = mean.drop(columns="mean").iloc[::-1].plot.barh(figsize=(7, 0.5 * len(mean) + 1))
     axis.set(xlabel=metric, ylabel="", xlim=(max(0.0, float(mean.min().min()) - 0.05), 1.0))
     axis.figure.savefig(results / "ablation.png", dpi=120, bbox_inches="tight")

@@ -13,6 +13,8 @@ from jinja2 import Template
 from rich.console import Console
 from torchmetrics.functional.classification import binary_roc
 
+from .tables import markdown
+
 QUALITY = (
     "image_AUROC",
     "image_AUPR",
@@ -48,7 +50,7 @@ def write_report(paths: Sequence[Path], results: Path, apart: Sequence[str] = ()
     cells = [cell for cell in cells if "error" not in cell]
     state = f"{len(cells)} of {len(paths)} cells are finished, {len(failed)} failed."
     tables = _tables(cells, results, first, apart) if cells else {}
-    text = "\n\n".join([state, *failed, *(f"## {name}\n\n{_markdown(table)}" for name, table in tables.items())])
+    text = "\n\n".join([state, *failed, *(f"## {name}\n\n{markdown(table)}" for name, table in tables.items())])
     (results / "comparison.md").write_text(text + "\n")
     Console().print(text, markup=False, soft_wrap=True)
     names = list(dict.fromkeys(cell["data"] for cell in cells))
@@ -156,11 +158,6 @@ def _published_row(row: dict[str, Any]) -> dict[str, str]:
         if name in row
     }
     return {"data": row["data"], "model": f"{row['model']}, published", "seeds": "published"} | values
-
-
-def _markdown(table: pd.DataFrame) -> str:
-    rows = [table.columns, ["---"] * len(table.columns), *table.to_numpy()]
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
 def _curves(cells: Sequence[dict[str, Any]]) -> str:

@@ -13,7 +13,6 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from resource import getpagesize
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -29,6 +28,8 @@ from rich.console import Console
 from tqdm import trange
 
 from anomalib_raad import Raad
+
+from .memory import resident_megabytes
 
 _READINGS = 100  # of the memory in each part
 
@@ -86,7 +87,7 @@ def infer(make: Callable[[], Any], paths: Sequence[Path], inferences: int, threa
             numbers = range(start, min(start + share, inferences))
             for number, value in zip(numbers, pool.map(score, numbers), strict=True):
                 drift = max(drift, abs(value - first.setdefault(number % len(paths), value)))
-            memory.append(_megabytes())
+            memory.append(resident_megabytes())
     return {"inferences": inferences, "threads": threads, "drift": drift, **_trend(memory, inferences)}
 
 
@@ -121,7 +122,7 @@ class _Readings(Callback):
 
     def on_train_batch_end(self, trainer: Any, *_arguments: Any) -> None:  # noqa: ANN401
         if trainer.global_step % self.every == 0:
-            self.memory.append(_megabytes())
+            self.memory.append(resident_megabytes())
 
 
 def _trend(memory: Sequence[float], events: int) -> dict[str, float]:
@@ -133,11 +134,6 @@ def _trend(memory: Sequence[float], events: int) -> dict[str, float]:
         "megabytes_per_1000": float(1000 * slope),
         "growth": float(settled[-1] / settled[0] - 1),
     }
-
-
-def _megabytes() -> float:
-    """Resident memory of this process."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * getpagesize() / 2**20
 
 
 if __name__ == "__main__":

@@ -3,14 +3,30 @@
 python -m anomalib_raad.benchmarks.memory model.xml f32
 """
 
+import subprocess
 import sys
 from pathlib import Path
 
 
 def peak_megabytes() -> float:
     """Highest resident size of this process, on Linux; ``getrusage`` would count what the parent had used before."""
-    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return _status("VmHWM")
+
+
+def resident_megabytes() -> float:
+    """Resident size of this process, on Linux."""
+    return _status("VmRSS")
+
+
+def _status(field: str) -> float:
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
     return int(line.split()[1]) / 1024
+
+
+def printed_by(module: str, *arguments: str) -> float:
+    """Run a module in a process of its own and return the number that it prints."""
+    command = [sys.executable, "-m", module, *arguments]
+    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)  # noqa: S603
 
 
 if __name__ == "__main__":

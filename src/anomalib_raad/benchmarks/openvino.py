@@ -11,8 +11,6 @@ of two images only.
 
 import json
 import logging
-import subprocess
-import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -35,6 +33,7 @@ from anomalib_raad import Raad, RaadModel
 from anomalib_raad.data.elpv import Elpv
 from anomalib_raad.quantization.recipe import Allocation, quantize_
 
+from .memory import printed_by
 from .timing import median_seconds
 
 _SIZE = (256, 256)
@@ -85,7 +84,7 @@ class _Variant:
         self.figures: dict[str, Any] = {
             "load_seconds": time.perf_counter() - start,
             "megabytes": sum(path.with_suffix(suffix).stat().st_size for suffix in (".xml", ".bin")) / 1e6,
-            "memory_megabytes": _memory(path, precision),
+            "memory_megabytes": printed_by("anomalib_raad.benchmarks.memory", str(path), *filter(None, [precision])),
             "convolutions": convolutions(self.model),
         }
         self.queue = openvino.AsyncInferQueue(
@@ -126,11 +125,6 @@ def _export(
     for channels in projections:
         variants.append((f"Raad, {channels} channels", export(raad, f"k{channels}", feature_projection=channels), None))
     return variants
-
-
-def _memory(path: Path, precision: str | None) -> float:
-    command = [sys.executable, "-m", "anomalib_raad.benchmarks.memory", str(path), *filter(None, [precision])]
-    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)  # noqa: S603
 
 
 def convolutions(model: openvino.CompiledModel) -> dict[str, int]:

@@ -8,8 +8,6 @@ the seconds. Memory is measured in a process of its own for each variant.
 """
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,7 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from anomalib_raad import RaadModel
 from anomalib_raad.quantization.recipe import Allocation, quantize_
 
-from .memory import peak_megabytes
+from .memory import peak_megabytes, printed_by
 from .timing import median_seconds
 
 _SIZE = (256, 256)
@@ -85,7 +83,7 @@ def main(steps: int = 7, output: Path | None = None, memory_of: int | None = Non
             **asdict(variant),
             "seconds": time,
             "multiply_adds": _multiply_adds(step),
-            "megabytes": _megabytes(number),
+            "megabytes": printed_by("anomalib_raad.benchmarks.training_step", "--memory_of", str(number)),
         }
         for number, (variant, step, time) in enumerate(zip(VARIANTS, loops, seconds, strict=True))
     ]
@@ -126,11 +124,6 @@ def _multiply_adds(step: Callable[[], None]) -> int:
     with FlopCounterMode(display=False) as counter:
         step()
     return counter.get_total_flops() // 2
-
-
-def _megabytes(number: int) -> float:
-    command = [sys.executable, "-m", "anomalib_raad.benchmarks.training_step", "--memory_of", str(number)]
-    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)  # noqa: S603
 
 
 def _print(rows: list[dict]) -> None:

@@ -16,7 +16,7 @@ from lightning.pytorch import seed_everything
 from rich.console import Console
 from rich.table import Table
 
-from .figures import STAGES
+from .figures import STAGES, stage_checkpoints
 
 
 def run(configuration: str = "configs/raad_demo.yaml", max_steps: int | None = None) -> Path:
@@ -35,9 +35,8 @@ def run(configuration: str = "configs/raad_demo.yaml", max_steps: int | None = N
     engine.fit(model, datamodule=datamodule)
     results = Path(engine.trainer.default_root_dir)
     metrics: dict[str, dict[str, float]] = {}
-    for name, meaning in STAGES.items():
+    for (name, meaning), path in zip(STAGES.items(), stage_checkpoints(results), strict=True):
         Console().print(f"Test images, {meaning}")
-        path = results / "weights" / "lightning" / f"{name}.ckpt"
         # Thresholds and score range first: only the finished model's checkpoint has them, and torchmetrics misreads
         # scores that are not normalised to [0, 1].
         engine.validate(model, datamodule=datamodule, ckpt_path=path, verbose=False)

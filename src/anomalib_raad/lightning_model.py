@@ -284,13 +284,13 @@ class Raad(AnomalibModule):
         """Adam on student and autoencoder, with a learning rate for each stage."""
         options = self.hparams
         parameters = [*self.model.student.parameters(), *self.model.ae.parameters()]
-        self._steps = [*learned_steps(self.model.student), *learned_steps(self.model.ae)]
-        for step in self._steps:
-            step.requires_grad_(options["learn_steps"])
+        steps = [*learned_steps(self.model.student), *learned_steps(self.model.ae)]
+        # In the optimizer in any case: a checkpoint then continues with either setting.
+        self._steps = [step.requires_grad_() for step in steps] if options["learn_steps"] else []
         optimizer = torch.optim.Adam(
             [
                 {"name": "weights", "params": parameters, "weight_decay": options["weight_decay"]},
-                {"name": "steps", "params": self._steps},
+                {"name": "steps", "params": steps},
             ],
             lr=options["lr"],
         )

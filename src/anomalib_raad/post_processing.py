@@ -6,6 +6,15 @@ from anomalib.post_processing import PostProcessor
 _LEAST_RANGE = 1e-6
 
 
+def squash(scores: torch.Tensor) -> torch.Tensor:
+    """Map any scores to (0, 1) and keep their order; 0 becomes 0.5.
+
+    In float32, since bfloat16 has only 128 numbers between 0.5 and 1.
+    """
+    scores = scores.float()
+    return 0.5 + 0.5 * scores / (1 + scores.abs())
+
+
 class RaadPostProcessor(PostProcessor):
     """anomalib's post-processor with a normalisation that does not cut scores off.
 
@@ -28,5 +37,4 @@ class RaadPostProcessor(PostProcessor):
             return None
         threshold = torch.where(torch.isnan(threshold), (norm_max + norm_min) / 2, threshold)
         x = (preds.float() - threshold) / (norm_max - norm_min).clamp(min=_LEAST_RANGE)
-        # NaN: not validated yet. In float32, since bfloat16 has only 128 numbers between 0.5 and 1.
-        return torch.where(torch.isnan(norm_min), preds, 0.5 + x / (1 + 2 * x.abs()))
+        return torch.where(torch.isnan(norm_min), preds, squash(2 * x))  # NaN: not validated yet

@@ -8,7 +8,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 
 from .quantization.layers import quantizable_layers
-from .quantization.recipe import Outcome
+from .quantization.recipe import Outcome, average_bits
 from .torch_model import RaadModel
 
 
@@ -31,7 +31,7 @@ def write_report(folder: Path, model: RaadModel, outcome: Outcome, stages: Seque
             "bits": layer.bits,
             "input_bits": layer.input_bits,
             "weights": layer.weight.numel(),
-            "bytes": layer.weight.numel() * layer.bits // 8,
+            "bytes": layer.weight.numel() * (layer.bits or 32) // 8,
             "mean_weight_step": layer.weight_step.mean().item(),
             "input_step": layer.input_step.item(),
             "score": outcome.scores.get(name) if network != "autoencoder" else None,
@@ -40,9 +40,8 @@ def write_report(folder: Path, model: RaadModel, outcome: Outcome, stages: Seque
         for network, module in networks.items()
         for name, layer in quantizable_layers(module).items()
     ]
-    weights = sum(layer["weights"] for layer in layers)
     report = {
-        "average_bits": sum(layer["bits"] * layer["weights"] for layer in layers) / weights,
+        "average_bits": average_bits(model),
         "layers": layers,
         "reconstruction": [block._asdict() for block in outcome.blocks],
         "stages": list(stages),

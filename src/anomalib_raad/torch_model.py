@@ -29,7 +29,7 @@ MIN_IMAGE_SIZE, MAX_IMAGE_SIZE = 64, 1024
 _AE_SIZE = (256, 256)  # the image size for which the autoencoder's bottleneck is one vector of 64 values
 _GREY = torch.tensor([124, 116, 104]).view(1, 3, 1, 1) / 255  # ImageNet's mean, rounded to 8 bits
 LOST_CELLS = 4  # cells a PDN without padding loses on each side of its output
-_PIXELS_PER_CELL = 4
+STRIDE = 4  # of a PDN: pixels of the image for each cell of its output
 _ALL = slice(None)
 
 
@@ -104,7 +104,7 @@ class RaadModel(nn.Module):
     @property
     def blind_edge(self) -> int:
         """Pixels along the edges of an image where the maps are zero: networks without padding do not see them."""
-        return 0 if self.padding else _PIXELS_PER_CELL * LOST_CELLS
+        return 0 if self.padding else STRIDE * LOST_CELLS
 
     @property
     def quantized(self) -> bool:

@@ -3,7 +3,8 @@ from anomalib.data import ImageBatch
 from anomalib.metrics import AUROC
 from torchmetrics.functional import auroc
 
-from anomalib_raad.benchmarks.scores import SquashingPostProcessor, squash
+from anomalib_raad.benchmarks.scores import SquashingPostProcessor
+from anomalib_raad.post_processing import squash
 
 SCORES = torch.tensor([0.3, 0.9, 1.2, 0.1, 14.0, -0.5, 0.95, 0.2])
 LABELS = torch.tensor([0, 1, 1, 0, 1, 0, 1, 0])

@@ -38,8 +38,7 @@ from torchvision.transforms.v2 import Compose, Normalize, Resize
 from tqdm import tqdm
 
 from anomalib_raad.metrics import AUsPRO
-from anomalib_raad.quantization.layers import quantizable_layers
-from anomalib_raad.quantization.recipe import model_bytes
+from anomalib_raad.quantization.recipe import average_bits, model_bytes
 from anomalib_raad.teacher.features import OFFLINE_BACKBONE, OFFLINE_STATISTICS, OFFLINE_TIMM_NAME, create_backbone
 
 from .comparison_report import write_report
@@ -207,7 +206,7 @@ def _run(
         "step_seconds": median(recorder.step_seconds),
         "latency_ms": 1000 * _latency(model, datamodule.test_data),
         "bytes": _bytes(model),
-        "average_bits": _average_bits(model),
+        "average_bits": average_bits(model.model),
         "images": recorder.images,
         "heatmaps": _heatmaps(model, datamodule.test_data, recorder.images),
     }
@@ -306,13 +305,6 @@ def _bytes(model: AnomalibModule) -> int:
     """Of everything the model needs to predict; quantized weights in their bits."""
     bank = getattr(model.model, "memory_bank", None)
     return model_bytes(model.model) + (bank.numel() * bank.element_size() if bank is not None else 0)
-
-
-def _average_bits(model: AnomalibModule) -> float:
-    """Of a weight of those layers that can be quantized, 32 where there are none."""
-    layers = quantizable_layers(model.model).values()
-    weights = sum(layer.weight.numel() for layer in layers)
-    return sum(layer.weight.numel() * (layer.bits or 32) for layer in layers) / weights if weights else 32.0
 
 
 def _missing_data(data: Mapping[str, dict[str, Any]]) -> list[str]:

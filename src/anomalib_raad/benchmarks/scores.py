@@ -1,4 +1,8 @@
-"""Scores as torchmetrics can rank them."""
+"""Scores as torchmetrics can rank them.
+
+torchmetrics takes scores outside [0, 1] for logits and passes them through a sigmoid, *batch by batch*: a batch with
+one score above 1 would be ranked against others that were left alone.
+"""
 
 from typing import cast
 
@@ -6,16 +10,7 @@ import torch
 from anomalib.data import Batch
 from anomalib.post_processing import PostProcessor
 
-
-def squash(scores: torch.Tensor) -> torch.Tensor:
-    """Map any scores to (0, 1) and keep their order.
-
-    torchmetrics takes scores outside [0, 1] for logits and passes them through a sigmoid, *batch by batch*: a batch
-    with one score above 1 would be ranked against others that were left alone. In float32, since bfloat16 has only 128
-    numbers between 0.5 and 1.
-    """
-    scores = scores.float()
-    return 0.5 + 0.5 * scores / (1 + scores.abs())
+from anomalib_raad.post_processing import squash
 
 
 class SquashingPostProcessor(PostProcessor):

@@ -215,6 +215,13 @@ def _recorded_inputs(layers: Iterable[QuantConv2d]) -> Iterator[dict[QuantConv2d
             hook.remove()
 
 
+def average_bits(model: nn.Module) -> float:
+    """Bits of a weight of those layers that can be quantized, on average; 32 where there are none."""
+    layers = quantizable_layers(model).values()
+    weights = sum(layer.weight.numel() for layer in layers)
+    return sum(layer.weight.numel() * (layer.bits or 32) for layer in layers) / weights if weights else 32.0
+
+
 def model_bytes(model: nn.Module) -> int:
     """Bytes of a model's weights: each quantized weight in its bits, everything else in 32."""
     layers = quantizable_layers(model).values()

@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
 from anomalib_raad.statistics import channel_mean_std
-from anomalib_raad.torch_model import LOST_CELLS, PDN_CLASSES
+from anomalib_raad.torch_model import LOST_CELLS, PDN_CLASSES, STRIDE
 
 from .features import PatchFeatures
 from .weights import load_teacher_
@@ -33,7 +33,6 @@ logger = logging.getLogger(__name__)
 
 BACKBONE_SIZE = 512
 TEACHER_SIZE = 256
-_STRIDE = 4  # of the teacher's output
 _MAX_UNREADABLE = 20
 
 
@@ -179,7 +178,7 @@ class Distillation(LightningModule):
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
-        if crop_size % _STRIDE or not _STRIDE * (2 * LOST_CELLS + 1) <= crop_size <= TEACHER_SIZE:
+        if crop_size % STRIDE or not STRIDE * (2 * LOST_CELLS + 1) <= crop_size <= TEACHER_SIZE:
             msg = f"crop_size is {crop_size}; a multiple of 4 from 36 to {TEACHER_SIZE} pixels is needed"
             raise ValueError(msg)
         features = PatchFeatures(backbone, layers, out_channels, backbone_weights)
@@ -224,10 +223,10 @@ class Distillation(LightningModule):
     def _random_crop(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Cut the same random window from an image of the pool and from its features."""
         image, features = self._pool[int(torch.randint(len(self._pool), ()))]
-        cells = self.hparams["crop_size"] // _STRIDE
-        top, left = torch.randint(TEACHER_SIZE // _STRIDE - cells + 1, (2,)).tolist()
-        y, x = top * _STRIDE, left * _STRIDE
-        side = cells * _STRIDE
+        cells = self.hparams["crop_size"] // STRIDE
+        top, left = torch.randint(TEACHER_SIZE // STRIDE - cells + 1, (2,)).tolist()
+        y, x = top * STRIDE, left * STRIDE
+        side = cells * STRIDE
         window = features[:, top : top + cells, left : left + cells]
         return image[:, y : y + side, x : x + side], window[:, LOST_CELLS:-LOST_CELLS, LOST_CELLS:-LOST_CELLS]
 

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from anomalib.metrics import AUPRO, Evaluator
 from anomalib.models import Raad
 from lightning.pytorch import Trainer
 
@@ -46,6 +47,21 @@ class Payload:
 
     def __reduce__(self):
         return Path.touch, (self.trace,)
+
+
+def test_other_metrics_than_those_of_the_training(small_raad, tmp_path) -> None:
+    """anomalib's AUPRO has its limit in the state dict."""
+    regions = Evaluator(test_metrics=[AUPRO(fields=["anomaly_map", "gt_mask"])])
+    trainer = Trainer(accelerator="cpu", logger=False, default_root_dir=tmp_path)
+    trainer.strategy.connect(small_raad(evaluator=regions))
+    trainer.save_checkpoint(tmp_path / "model.ckpt")
+    assert "evaluator.test_metrics.0.fpr_limit" in torch.load(tmp_path / "model.ckpt", weights_only=True)["state_dict"]
+    without = Raad.load_from_checkpoint(tmp_path / "model.ckpt", evaluator=False)
+    trainer.strategy.connect(without)
+    trainer.save_checkpoint(tmp_path / "without.ckpt")
+    for path in (tmp_path / "model.ckpt", tmp_path / "without.ckpt"):
+        Raad.load_from_checkpoint(path)
+        Raad.load_from_checkpoint(path, evaluator=regions)
 
 
 @pytest.fixture(params=["load_from_checkpoint", "trainer"])

@@ -190,7 +190,7 @@ class Raad(AnomalibModule):
         self.reconstruction = Reconstruction(reconstruction_iterations, fisher=fisher)
         self.lambdas = {"st": lambda_st, "stae": lambda_stae, "ae": lambda_ae, "penalty": 1.0}
         self.schedule = Schedule(train_steps, finetune_steps)
-        self._outcome = Outcome({}, {}, [])
+        self._outcome = Outcome({}, {}, [], {}, {})
         self._stages: dict[str, dict[str, Any]] = {}
         self._steps: list[torch.Tensor] = []
         self._seen: Ranges = {}  # properties of the training images
@@ -566,6 +566,10 @@ class Raad(AnomalibModule):
         self._outcome = Outcome.from_state(checkpoint["raad"]["outcome"])
         self._stages = checkpoint["raad"]["stages"]
         self._seen = checkpoint["raad"].get("seen", {})
+        # Settings of metrics are no part of the model: it can be tested with others than it was trained with.
+        metrics = {name: value for name, value in self.state_dict().items() if name.startswith("evaluator.")}
+        state = checkpoint["state_dict"]
+        checkpoint["state_dict"] = {k: v for k, v in state.items() if not k.startswith("evaluator.")} | metrics
 
     @classmethod
     def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> "Raad":  # noqa: ANN401

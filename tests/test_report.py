@@ -14,6 +14,8 @@ def test_report(untrained, tmp_path) -> None:
     conv2 = layers["teacher.conv2"]
     assert (conv2["bits"], conv2["bytes"]) == (4, 128 * 256 * 16 // 2)
     assert conv2["score"] == outcome.scores["conv2"]
+    assert conv2["sensitivity"] == {str(bits): move for bits, move in outcome.sensitivity["conv2"].items()}
+    assert conv2["weight_sqnr_db"] == outcome.sqnr_db["teacher.conv2"]
     assert conv2["input_step"] == float(model.teacher.conv2.input_step)
     assert layers["autoencoder.encoder.enconv1"]["score"] is None
     sizes = [layer["weights"] for layer in layers.values()]

@@ -24,21 +24,23 @@ def write_report(folder: Path, model: RaadModel, outcome: Outcome, stages: Seque
     Returns:
         Path of the picture.
     """
-    networks = {"teacher": model.teacher, "student": model.student, "autoencoder": model.ae}
+    networks = {"teacher": "teacher", "student": "student", "ae": "autoencoder"}
     layers: list[dict[str, Any]] = [
         {
-            "layer": f"{network}.{name}",
+            "layer": f"{title}.{name}",
             "bits": layer.bits,
             "input_bits": layer.input_bits,
             "weights": layer.weight.numel(),
             "bytes": layer.weight.numel() * (layer.bits or 32) // 8,
             "mean_weight_step": layer.weight_step.mean().item(),
             "input_step": layer.input_step.item(),
-            "score": outcome.scores.get(name) if network != "autoencoder" else None,
-            "misalignment": outcome.misalignment.get(name) if network != "autoencoder" else None,
+            "weight_sqnr_db": outcome.sqnr_db.get(f"{network}.{name}"),
+            "score": outcome.scores.get(name) if network != "ae" else None,
+            "misalignment": outcome.misalignment.get(name) if network != "ae" else None,
+            "sensitivity": outcome.sensitivity.get(name, {}) if network != "ae" else None,
         }
-        for network, module in networks.items()
-        for name, layer in quantizable_layers(module).items()
+        for network, title in networks.items()
+        for name, layer in quantizable_layers(getattr(model, network)).items()
     ]
     report = {
         "average_bits": average_bits(model),
@@ -56,7 +58,7 @@ def write_report(folder: Path, model: RaadModel, outcome: Outcome, stages: Seque
 def _draw(report: dict[str, Any], path: Path) -> None:
     scored = [layer for layer in report["layers"] if layer["layer"].startswith("teacher.")]
     names = [layer["layer"].removeprefix("teacher.") for layer in scored]
-    figure, (bits, scores, stages) = plt.subplots(1, 3, figsize=(11, 3), layout="constrained")
+    figure, (bits, scores, moves, stages) = plt.subplots(1, 4, figsize=(14.5, 3), layout="constrained")
     bits.bar(names, [layer["bits"] for layer in scored])
     bits.set(title="bits of teacher and student", yticks=[2, 3, 4, 8])
     for offset, name in ((-0.2, "score"), (0.2, "misalignment")):
@@ -64,6 +66,10 @@ def _draw(report: dict[str, Any], path: Path) -> None:
         scores.bar(places, [layer[name] for layer in scored], width=0.4, label=name)
     scores.set(title="HQS score (Eq. 4) and 1 - CKA", xticks=range(len(names)), xticklabels=names)
     scores.legend()
+    for layer, name in zip(scored, names, strict=True):
+        moves.plot([str(b) for b in layer["sensitivity"]], list(layer["sensitivity"].values()), marker="o", label=name)
+    moves.set(title="change of the map by one layer alone", xlabel="bits", yscale="log")
+    moves.legend()
     labels = [stage["stage"].replace("_", " ") for stage in report["stages"]]
     for name in ("st", "ae"):
         bias = [stage.get(f"attention_bias_{name}", float("nan")) for stage in report["stages"]]

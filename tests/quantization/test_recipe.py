@@ -1,9 +1,11 @@
+import math
+
 import pytest
 import torch
 from torch import nn
 
 from anomalib_raad.quantization.layers import make_quantizable_, quantizable_layers
-from anomalib_raad.quantization.recipe import Allocation, model_bytes, quantize_
+from anomalib_raad.quantization.recipe import Allocation, Outcome, model_bytes, quantize_
 
 NAMES = ["0", "1", "2"]
 
@@ -69,6 +71,42 @@ def test_quantize_leaves_no_hooks_behind(images: list[torch.Tensor]) -> None:
     model = Toy()
     quantize_(model, images, images, Allocation())
     assert not any(layer._forward_pre_hooks for layer in quantizable_layers(model).values())
+
+
+def test_sensitivity_is_the_change_of_the_map_by_one_layer_alone(images: list[torch.Tensor]) -> None:
+    model, trial = Toy(), Toy()
+    outcome = quantize_(model, images, images, Allocation())
+    for network in (trial.teacher, trial.student):
+        network[1].quantize_(3, torch.cat([network[0](image).flatten() for image in images]))
+    changes, means = [], []
+    for image in images:
+        before, after = ((net.teacher(image) - net.student(image)).square().mean(dim=1) for net in (Toy(), trial))
+        changes.append((after - before).abs().mean())
+        means.append(before.mean())
+    assert outcome.sensitivity["1"][3] == pytest.approx((sum(changes) / sum(means)).item(), rel=1e-5)
+    assert list(outcome.sensitivity) == NAMES
+    for moves in outcome.sensitivity.values():
+        assert moves[2] > moves[4] > moves[8] > 0
+
+
+def test_signal_to_noise_of_the_weights(images: list[torch.Tensor]) -> None:
+    model, before = Toy(), Toy()
+    outcome = quantize_(model, images, images, Allocation(bits=2))
+    for network, weight in (("teacher", before.teacher[1].weight), ("ae", before.ae[1].weight)):
+        noise = weight - getattr(model, network)[1].quantized_weight()
+        expected = 10 * math.log10(float(weight.square().sum() / noise.square().sum()))
+        assert outcome.sqnr_db[f"{network}.1"] == pytest.approx(expected, rel=1e-5)
+    assert outcome.sqnr_db["ae.1"] > outcome.sqnr_db["teacher.1"] + 20  # 6 dB a bit
+
+
+def test_outcome_of_an_earlier_version() -> None:
+    state = {
+        "scores": {"0": 0.5},
+        "misalignment": {"0": 0.1},
+        "blocks": [{"layers": ["0"], "nearest": 2, "learned": 1}],
+    }
+    outcome = Outcome.from_state(state)
+    assert outcome.state() == state | {"sensitivity": {}, "sqnr_db": {}}
 
 
 @pytest.mark.parametrize(

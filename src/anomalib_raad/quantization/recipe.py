@@ -4,16 +4,19 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from itertools import chain, islice
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import nn
+from tqdm import tqdm
 
 from .layers import QuantConv2d, quantizable_layers
-from .quantizers import check_bits
+from .quantizers import BITS, check_bits
 from .reconstruction import BlockReport, Reconstruction, reconstruct_
 from .scoring import allot_bits, allot_by_budget, layer_scores
 
+K = TypeVar("K")
 DEFAULT_THRESHOLDS = (0.01, 0.03, 0.1)
 """Limits of phi. The paper gives none. Of all assignments to conv2 and conv3 on ELPV mono and cookies only those with 2
 bits lost more than noise (docs/measurements.md); the scores there lie between 0.04 and 0.07 and so get 4 bits. Cells of
@@ -24,6 +27,7 @@ _WINDOW = 64  # side of the image windows for reconstruction: PDN-S turns one in
 _WINDOW_GRID = 4  # windows start where the feature maps of the whole image have a cell
 _WINDOWS_PER_IMAGE = 8
 _SAMPLES_PER_IMAGE = 4096  # activations kept of each layer and image for the search of its grid
+_SENSITIVITY_BATCHES = 4  # batches of held-out images; each is run once for every layer and bit-width
 
 
 class Quantizable(Protocol):
@@ -111,19 +115,21 @@ class Outcome(NamedTuple):
     """1 - CKA of teacher and student in each aligned layer; decides nothing."""
     blocks: list[BlockReport]
     """What reconstruction did to the blocks of teacher and student."""
+    sensitivity: dict[str, dict[int, float]]
+    """By layer and bits the mean change of the student-teacher map, relative to its mean, on held-out normal images if
+    this layer of both networks alone were quantized; decides nothing."""
+    sqnr_db: dict[str, float]
+    """Signal-to-quantization-noise ratio of each layer's weights in decibels, by network and layer."""
 
     def state(self) -> dict[str, Any]:
         """As plain values, for a checkpoint that is read without unpickling objects."""
-        return {
-            "scores": self.scores,
-            "misalignment": self.misalignment,
-            "blocks": [block._asdict() for block in self.blocks],
-        }
+        return self._asdict() | {"blocks": [block._asdict() for block in self.blocks]}
 
     @classmethod
     def from_state(cls, state: dict[str, Any]) -> "Outcome":
-        """Undo :meth:`state`."""
-        return cls(state["scores"], state["misalignment"], [BlockReport(**block) for block in state["blocks"]])
+        """Undo :meth:`state`; what the checkpoint of an earlier version does not have is empty."""
+        blocks = [BlockReport(**block) for block in state["blocks"]]
+        return cls(**{"sensitivity": {}, "sqnr_db": {}, **state, "blocks": blocks})
 
 
 @torch.no_grad()
@@ -150,28 +156,68 @@ def quantize_(
     """
     generator = torch.Generator().manual_seed(seed)
     weights = aligned_weights(model)
-    found = layer_scores(model.aligned_features(images) for images in scoring_images)
+    held_out = iter(scoring_images)
+    some = list(islice(held_out, _SENSITIVITY_BATCHES))
+    found = layer_scores(model.aligned_features(images) for images in chain(some, held_out))
     scores, misalignment = (dict(zip(weights, values, strict=True)) for values in found)
     bits = allocation.allot(scores, weights)
     encoder = dict.fromkeys(quantizable_layers(model.ae), allocation.autoencoder_bits)
-    plan = [(model.teacher, bits), (model.student, bits), (model.ae, encoder)]
+    plan = {"teacher": bits, "student": bits, "ae": encoder}
+    layers = {
+        (network, name): layer
+        for network in plan
+        for name, layer in quantizable_layers(getattr(model, network)).items()
+    }
     reconstructed = ("teacher", "student") if reconstruction.iterations else ()
     float_blocks = {name: deepcopy(model.blocks(getattr(model, name))) for name in reconstructed}
 
     windows = []
-    with _recorded_inputs([layer for network, _ in plan for layer in quantizable_layers(network).values()]) as inputs:
+    with _recorded_inputs(layers) as recorded:
         for images in calibration_images:
             model(images)
             if reconstructed:
                 windows.append(_random_windows(images, generator))
-    for network, network_bits in plan:
-        for name, layer in quantizable_layers(network).items():
-            layer.quantize_(network_bits[name], torch.cat(inputs[layer]))
+    inputs = {place: torch.cat(values) for place, values in recorded.items()}
+    bar = tqdm(weights, "Sensitivity of the layers", leave=False)
+    sensitivity = {name: _sensitivity(model, name, inputs, some) for name in bar}
+    for (network, name), layer in layers.items():
+        layer.quantize_(plan[network][name], inputs[network, name])
+    unrounded = [layer.weight.clone() for layer in layers.values()]
     reports = []
     for name, reference in float_blocks.items():
         blocks = model.blocks(getattr(model, name))
         reports += reconstruct_(name, blocks, reference, torch.cat(windows), reconstruction, generator)
-    return Outcome(scores, misalignment, reports)
+    sqnr_db = {
+        ".".join(place): _sqnr_db(weight, layer.quantized_weight())
+        for (place, layer), weight in zip(layers.items(), unrounded, strict=True)
+    }
+    return Outcome(scores, misalignment, reports, sensitivity, sqnr_db)
+
+
+def _sensitivity(
+    model: Quantizable,
+    layer: str,
+    inputs: Mapping[tuple[str, str], torch.Tensor],
+    images: Sequence[torch.Tensor],
+) -> dict[int, float]:
+    """By bits how much the student-teacher map moves if only this layer of both networks is quantized."""
+
+    def maps(networks: Quantizable) -> torch.Tensor:
+        last = [networks.aligned_features(batch)[-1] for batch in images]
+        return torch.cat([(teacher - student).square().mean(1).flatten() for teacher, student in last])
+
+    before, moves = maps(model), {}
+    for bits in BITS:
+        trial = deepcopy(model)
+        for network in ("teacher", "student"):
+            quantizable_layers(getattr(trial, network))[layer].quantize_(bits, inputs[network, layer])
+        moves[bits] = float((maps(trial) - before).abs().mean() / before.mean())
+    return moves
+
+
+def _sqnr_db(signal: torch.Tensor, quantized: torch.Tensor) -> float:
+    noise = (signal - quantized).square().sum().clamp(min=torch.finfo(signal.dtype).tiny)
+    return float(10 * torch.log10(signal.square().sum() / noise))
 
 
 def aligned_weights(model: Quantizable) -> dict[str, int]:
@@ -197,17 +243,18 @@ def _random_windows(images: torch.Tensor, generator: torch.Generator) -> torch.T
 
 
 @contextmanager
-def _recorded_inputs(layers: Iterable[QuantConv2d]) -> Iterator[dict[QuantConv2d, list[torch.Tensor]]]:
+def _recorded_inputs(layers: Mapping[K, QuantConv2d]) -> Iterator[dict[K, list[torch.Tensor]]]:
     """Collect evenly spaced values of what enters each layer while the context is open."""
-    inputs: dict[QuantConv2d, list[torch.Tensor]] = {layer: [] for layer in layers}
+    inputs: dict[K, list[torch.Tensor]] = {place: [] for place in layers}
+    places = {layer: place for place, layer in layers.items()}
 
     def record(layer: QuantConv2d, arguments: tuple[torch.Tensor, ...]) -> None:
         values = arguments[0].detach().float().flatten()
         # An odd stride does not fall into step with rows and channels, whose lengths are mostly even.
         stride = values.numel() // (_SAMPLES_PER_IMAGE * len(arguments[0])) | 1
-        inputs[layer].append(values[::stride])
+        inputs[places[layer]].append(values[::stride])
 
-    hooks = [layer.register_forward_pre_hook(record) for layer in inputs]
+    hooks = [layer.register_forward_pre_hook(record) for layer in places]
     try:
         yield inputs
     finally:

@@ -293,9 +293,9 @@ class ImageConv2d(QuantConv2d):
 
     bias: nn.Parameter  # every first layer of PDN and autoencoder has one
 
-    def quantize_(self, bits: int, inputs: torch.Tensor | None = None) -> None:
-        """Fold the normalisation, choose the weights' grid; the input's is ``k / 255``, whatever ``inputs`` are."""
-        del inputs
+    def quantize_(self, bits: int, inputs: torch.Tensor | None = None, input_bits: int | None = None) -> None:
+        """Fold the normalisation, choose the weights' grid; the input's is ``k / 255``, whatever the rest says."""
+        del inputs, input_bits
         if self.bits:
             msg = "the layer is quantized already; a second time would fold the normalisation twice"
             raise ValueError(msg)

@@ -67,6 +67,16 @@ def test_quantize_gives_teacher_and_student_the_same_bits(
     assert [layer.bits for layer in quantizable_layers(model.ae).values()] == [8, 8, 8]
 
 
+def test_activation_bits(images: list[torch.Tensor]) -> None:
+    model = Toy()
+    quantize_(model, images, images, Allocation(bits=2, activation_bits=8))
+    for network in (model.teacher, model.student, model.ae):
+        assert [layer.input_bits for layer in quantizable_layers(network).values()] == [8, 8, 8]
+    assert [layer.bits for layer in quantizable_layers(model.student).values()] == [8, 2, 8]
+    values = model.student[1].quantized_input(torch.linspace(-9, 9, 10_000)).unique()
+    assert 16 < len(values) <= 256
+
+
 def test_quantize_leaves_no_hooks_behind(images: list[torch.Tensor]) -> None:
     model = Toy()
     quantize_(model, images, images, Allocation())
@@ -115,6 +125,7 @@ def test_outcome_of_an_earlier_version() -> None:
         ({"bits": 5}, "bits is 5"),
         ({"bits": {"conv2": 6}}, "conv2 is 6"),
         ({"first_last_bits": 16}, "first_last_bits is 16"),
+        ({"activation_bits": 5}, "activation_bits is 5"),
         ({"autoencoder_bits": 1}, "autoencoder_bits is 1"),
         ({"thresholds": (0.5, 0.4, 0.9)}, "three increasing numbers"),
         ({"thresholds": (0.5, 0.6)}, "three increasing numbers"),

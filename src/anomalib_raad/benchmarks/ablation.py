@@ -56,6 +56,7 @@ ROWS = {
     "HQS, nearest rounding": Row({"reconstruction_iterations": 0}),
     "HQS, plain error": Row({"fisher": False}),
     "HQS, student not restored": Row({"restore_student": False}),
+    "HQS, 8-bit activations": Row({"activation_bits": 8}),
     "LSQ 8/8": Row({"bits": 8, "learn_steps": True, "restore_student": False}),
 }
 """The rows; the longer baseline spends the steps of fine-tuning on further training."""

@@ -53,21 +53,24 @@ class QuantConv2d(nn.Conv2d):
         layer.register_buffer("input_zero_point", torch.zeros(()))
         return layer
 
-    def quantize_(self, bits: int, inputs: torch.Tensor | None) -> None:
+    def quantize_(self, bits: int, inputs: torch.Tensor | None, input_bits: int | None = None) -> None:
         """Choose the grids with the least squared rounding error and quantize from now on.
 
         Args:
-            bits: Bit-width of the weights and of the input, one of 2, 3, 4, 8.
+            bits: Bit-width of the weights, one of 2, 3, 4, 8.
             inputs: Sample of the input's values, any shape. ``None`` leaves the input as it is.
+            input_bits: Bit-width of the input; ``None``: the weights'.
         """
-        check_bits("the bit-width of a layer", bits)
+        input_bits = bits if input_bits is None else input_bits
+        for width in (bits, input_bits):
+            check_bits("the bit-width of a layer", width)
         self.weight_step.copy_(search_weight_step(self.weight, bits))
         self.bits = bits
         if inputs is not None:
-            step, zero_point = search_input_grid(inputs, bits)
+            step, zero_point = search_input_grid(inputs, input_bits)
             self.input_step.copy_(step)
             self.input_zero_point.copy_(zero_point)
-            self.input_bits = bits
+            self.input_bits = input_bits
 
     def quantized_weight(self, channels: slice = _ALL) -> torch.Tensor:
         """The weights the convolution uses, shape ``(out, in, h, w)``, or those of some output channels."""

@@ -58,6 +58,7 @@ class Allocation:
         autoencoder_bits: Bits of the autoencoder's layers: no teacher-student pair exists to score them.
         thresholds: Limits of phi, see :func:`~.scoring.phi`.
         average_bits: Instead of phi, the most bits a weight of teacher and student may have on average.
+        activation_bits: Bits of what enters each layer; ``None``: as many as the layer's weights.
     """
 
     bits: int | Mapping[str, int] | None = None
@@ -65,11 +66,14 @@ class Allocation:
     autoencoder_bits: int = 8
     thresholds: tuple[float, float, float] = DEFAULT_THRESHOLDS
     average_bits: float | None = None
+    activation_bits: int | None = None
 
     def __post_init__(self) -> None:
         """Check every number."""
         named = self.bits if isinstance(self.bits, Mapping) else {"bits": self.bits} if self.bits is not None else {}
         numbers = {**named, "first_last_bits": self.first_last_bits, "autoencoder_bits": self.autoencoder_bits}
+        if self.activation_bits is not None:
+            numbers["activation_bits"] = self.activation_bits
         for name, bits in numbers.items():
             check_bits(name, bits)
         if len(self.thresholds) != 3 or not 0 < self.thresholds[0] < self.thresholds[1] < self.thresholds[2] < 1:
@@ -179,9 +183,9 @@ def quantize_(
                 windows.append(_random_windows(images, generator))
     inputs = {place: torch.cat(values) for place, values in recorded.items()}
     bar = tqdm(weights, "Sensitivity of the layers", leave=False)
-    sensitivity = {name: _sensitivity(model, name, inputs, some) for name in bar}
+    sensitivity = {name: _sensitivity(model, name, inputs, some, allocation.activation_bits) for name in bar}
     for (network, name), layer in layers.items():
-        layer.quantize_(plan[network][name], inputs[network, name])
+        layer.quantize_(plan[network][name], inputs[network, name], allocation.activation_bits)
     unrounded = [layer.weight.clone() for layer in layers.values()]
     reports = []
     for name, reference in float_blocks.items():
@@ -199,6 +203,7 @@ def _sensitivity(
     layer: str,
     inputs: Mapping[tuple[str, str], torch.Tensor],
     images: Sequence[torch.Tensor],
+    activation_bits: int | None,
 ) -> dict[int, float]:
     """By bits how much the student-teacher map moves if only this layer of both networks is quantized."""
 
@@ -210,7 +215,8 @@ def _sensitivity(
     for bits in BITS:
         trial = deepcopy(model)
         for network in ("teacher", "student"):
-            quantizable_layers(getattr(trial, network))[layer].quantize_(bits, inputs[network, layer])
+            place = quantizable_layers(getattr(trial, network))[layer]
+            place.quantize_(bits, inputs[network, layer], activation_bits)
         moves[bits] = float((maps(trial) - before).abs().mean() / before.mean())
     return moves
 

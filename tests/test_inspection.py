@@ -10,6 +10,7 @@ import pytest
 import torch
 from anomalib.data.utils import read_image
 from anomalib.models import Raad
+from PIL import Image
 from torchvision.transforms.v2.functional import resize
 
 openvino = pytest.importorskip("openvino")
@@ -49,6 +50,15 @@ def unreadable(tmp_path) -> Path:
     return path
 
 
+def test_an_image_of_16_bits_is_not_shown_in_white(tmp_path, monkeypatch) -> None:
+    warnings = []
+    monkeypatch.setattr(gradio, "Warning", warnings.append)
+    Image.fromarray(np.full((64, 64), 1000, dtype=np.uint16)).save(tmp_path / "grey.png")
+    gallery, rows = inspect_images(pytest.fail, [str(tmp_path / "grey.png")])
+    assert (gallery, rows) == ([], [["grey.png", "", "cannot be used", ""]])
+    assert "convert it to 8 bits" in warnings[0]
+
+
 def test_ir(ir, cells, unreadable, monkeypatch) -> None:
     """Images are resized for it, and a file that is none gets a warning and a row."""
     monkeypatch.chdir(ir.parent)  # anomalib's inferencer keeps compiled models in a folder of the working directory
@@ -58,8 +68,8 @@ def test_ir(ir, cells, unreadable, monkeypatch) -> None:
     assert bits == [["teacher.conv1", 8], ["teacher.conv2", 4]]
     cell = min(cells.glob("bad/*"))
     gallery, (failed, (name, score, verdict, milliseconds)) = inspect_images(predict, [str(unreadable), str(cell)])
-    assert warnings == ["unreadable.png is not an image that can be read."]
-    assert failed == ["unreadable.png", "", "not an image", ""]
+    assert [warning.partition(": ")[0] for warning in warnings] == ["unreadable.png cannot be used"]
+    assert failed == ["unreadable.png", "", "cannot be used", ""]
     expected = resize(read_image(cell, as_tensor=True), [64, 64]).mean(0).max().item()
     assert score == pytest.approx(expected, abs=5e-3)  # bfloat16 on processors that have it
     assert (name, verdict) == (cell.name, "anomalous" if score > 0.5 else "normal")
@@ -116,13 +126,13 @@ def test_in_a_browser(checkpoint, cells, unreadable, tmp_path) -> None:
         view.goto(url)
         images = view.locator("input[type=file]").first
         images.set_input_files(unreadable)
-        playwright.expect(view.get_by_text("unreadable.png is not an image that can be read.")).to_be_visible()
+        playwright.expect(view.get_by_text(re.compile("^unreadable.png cannot be used"))).to_be_visible()
         view.get_by_label("Clear").first.click()
         cell = min(cells.glob("bad/*"))
         images.set_input_files(cell)
         playwright.expect(
             view.get_by_alt_text(re.compile(rf"{cell.name}: (normal|anomalous), \d\.\d+"))
         ).to_be_visible()
-        playwright.expect(view.get_by_text("not an image", exact=True)).to_have_count(0)
+        playwright.expect(view.get_by_text("cannot be used", exact=True)).to_have_count(0)
         browser.close()
     page.close()

@@ -17,11 +17,11 @@ from anomalib.visualization.image.functional import overlay_image, visualize_ano
 from PIL import Image
 from torchvision.transforms.v2.functional import resize
 
+from .data.readable import unreadable
 from .lightning_model import Raad
 from .quantization.layers import quantizable_layers
 
 COLUMNS = ["image", "score (threshold 0.5)", "verdict", "milliseconds"]
-_UNREADABLE = (OSError, SyntaxError, Image.DecompressionBombError)  # what Pillow raises for files that it cannot read
 
 Predict = Callable[[torch.Tensor], Any]  # from an image (1, 3, H, W) in [0, 1] to anomalib's batch of predictions
 
@@ -83,14 +83,14 @@ def inspect_images(
     """
     gallery: list[tuple[Image.Image, str]] = []
     rows: list[list[str | float]] = []
+    faults = unreadable(paths)
     for path in paths:
         name = Path(path).name
-        try:
-            image = cast("torch.Tensor", read_image(path, as_tensor=True))
-        except _UNREADABLE:
-            gr.Warning(f"{name} is not an image that can be read.")
-            rows.append([name, "", "not an image", ""])
+        if path in faults:
+            gr.Warning(f"{name} cannot be used: {faults[path]}")
+            rows.append([name, "", "cannot be used", ""])
             continue
+        image = cast("torch.Tensor", read_image(path, as_tensor=True))
         start = time.perf_counter()
         with torch.inference_mode():
             prediction = predict(image[None])

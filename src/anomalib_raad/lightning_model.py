@@ -233,7 +233,7 @@ class Raad(AnomalibModule):
         """A broken image would end the fit in the middle, the validation's even after the last step."""
         datasets = [self.trainer.datamodule.train_data, getattr(self.trainer.datamodule, "val_data", None)]
         paths = [path for dataset in datasets if dataset is not None for path in dataset.samples.image_path]
-        if faults := unreadable(paths):
+        if faults := unreadable(tqdm(paths, "Checking the images", leave=False)):
             msg = f"{len(faults)} image(s) for training or validation cannot be used:\n{describe(faults)}"
             raise ValueError(msg)
 

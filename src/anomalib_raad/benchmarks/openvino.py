@@ -4,9 +4,10 @@
 
 Weights do not matter for time and size, so the models are untrained; Raad's conv2 and conv3 get ``bits``. All models
 infer the same solar cell in turn in one process, so that whatever else the machine does slows all of them: quote the
-ratios. EfficientAd's INT8_PTQ is what anomalib's own export makes, calibrated on the validation cells. Memory is what
-loading a model and one inference add to a process of its own. PatchCore is missing: anomalib 2.7 exports it for batches
-of two images only.
+ratios. The int8 peak is what OpenVINO reaches in convolutions that have nothing else to do, measured in the same turn;
+a variant's share of it is its multiply-adds in that time. EfficientAd's INT8_PTQ is what anomalib's own export makes,
+calibrated on the validation cells. Memory is what loading a model and one inference add to a process of its own.
+PatchCore is missing: anomalib 2.7 exports it for batches of two images only.
 """
 
 import json
@@ -25,6 +26,7 @@ from anomalib.deploy import CompressionType
 from anomalib.models import EfficientAd
 from anomalib.models.components import AnomalibModule
 from jsonargparse import auto_cli
+from openvino import opset13
 from rich.console import Console
 from rich.table import Table
 from torchvision.transforms.v2 import Resize
@@ -38,6 +40,7 @@ from .timing import median_seconds
 
 _SIZE = (256, 256)
 _REFERENCE = "EfficientAd INT8_PTQ"
+_PEAK_CHANNELS, _PEAK_SIDE, _PEAK_LAYERS = 512, 32, 4  # of those tried, the shape with the most multiply-adds a second
 _REQUESTS = 8  # images in flight and waiting when throughput is taken
 
 
@@ -59,14 +62,19 @@ def main(rounds: int = 30, bits: int = 4, projections: tuple[int, ...] = (128, 6
             _Variant(name, path, precision)
             for name, path, precision in _export(Path(folder), image, bits, projections, cells)
         ]
-        steps = [partial(row.infer, image.numpy()) for row in rows]
+        peak = openvino.Core().compile_model(_peak_model(), "CPU")
+        values = np.full(peak.input(0).shape, 100, dtype=np.float32)
+        steps = [partial(peak, values), *(partial(row.infer, image.numpy()) for row in rows)]
         median_seconds(steps, rounds=2)  # to warm up
-        for row, seconds in zip(rows, median_seconds(steps, rounds), strict=True):
+        peak_seconds, *all_seconds = median_seconds(steps, rounds)
+        per_second = multiply_adds(_peak_model()) / peak_seconds
+        for row, seconds in zip(rows, all_seconds, strict=True):
             row.figures["milliseconds"] = 1000 * seconds
+            row.figures["share_of_int8_peak"] = row.figures["multiply_adds"] / seconds / per_second
         queues = [partial(row.infer_many, image.numpy()) for row in rows]
         for row, seconds in zip(rows, median_seconds(queues, max(1, rounds // 5)), strict=True):
             row.figures["images_per_second"] = _REQUESTS / seconds
-    figures = {row.name: row.figures for row in rows}
+    figures: dict[str, dict[str, Any]] = {row.name: row.figures for row in rows}
     _print(figures)
     if output:
         output.write_text(json.dumps(figures, indent=1))
@@ -79,6 +87,8 @@ class _Variant:
         self.name = name
         config: dict[str, Any] = {"INFERENCE_PRECISION_HINT": precision} if precision else {}
         core = openvino.Core()
+        graph = core.read_model(path)
+        graph.reshape([1, 3, *_SIZE])
         start = time.perf_counter()
         self.model = core.compile_model(path, "CPU", config | {"PERFORMANCE_HINT": "LATENCY"})
         self.figures: dict[str, Any] = {
@@ -86,6 +96,7 @@ class _Variant:
             "megabytes": sum(path.with_suffix(suffix).stat().st_size for suffix in (".xml", ".bin")) / 1e6,
             "memory_megabytes": printed_by("anomalib_raad.benchmarks.memory", str(path), *filter(None, [precision])),
             "convolutions": convolutions(self.model),
+            "multiply_adds": multiply_adds(graph),
         }
         self.queue = openvino.AsyncInferQueue(
             core.compile_model(path, "CPU", config | {"PERFORMANCE_HINT": "THROUGHPUT"})
@@ -127,6 +138,28 @@ def _export(
     return variants
 
 
+def _peak_model() -> openvino.Model:
+    """Convolutions of 3x3 in integers, one after another."""
+    shape = (_PEAK_CHANNELS, _PEAK_CHANNELS, 3, 3)
+    kernel = np.random.default_rng(0).integers(-127, 128, shape, dtype=np.int8)
+    x = y = opset13.parameter([1, _PEAK_CHANNELS, _PEAK_SIDE, _PEAK_SIDE], np.float32)
+    low, high, scale = (np.float32(value) for value in (0, 255, 1e-4))
+    for _ in range(_PEAK_LAYERS):
+        integers = opset13.fake_quantize(y, low, high, low, high, 256)
+        weights = opset13.multiply(opset13.convert(opset13.constant(kernel), "f32"), scale)
+        y = opset13.convolution(integers, weights, [1, 1], [1, 1], [1, 1], [1, 1])
+    return openvino.Model([y], [x], "peak")
+
+
+def multiply_adds(model: openvino.Model) -> int:
+    """Of the convolutions of a graph with fixed shapes, for one inference."""
+    return sum(
+        int(np.prod(operation.output(0).shape) * np.prod(operation.input(1).get_shape()[1:]))
+        for operation in model.get_ordered_ops()
+        if operation.get_type_name() == "Convolution"
+    )
+
+
 def convolutions(model: openvino.CompiledModel) -> dict[str, int]:
     """How many convolutions run in which precision."""
     counts: dict[str, int] = {}
@@ -140,7 +173,9 @@ def convolutions(model: openvino.CompiledModel) -> dict[str, int]:
 
 def _print(figures: dict[str, dict[str, Any]]) -> None:
     reference = figures[_REFERENCE]
-    table = Table("Variant", "ms / image", "ratio", "images / s", "MB", "load s", "memory MB", "convolutions")
+    table = Table(
+        "Variant", "ms / image", "ratio", "images / s", "MB", "load s", "memory MB", "of int8 peak", "convolutions"
+    )
     for name, row in figures.items():
         table.add_row(
             name,
@@ -150,6 +185,7 @@ def _print(figures: dict[str, dict[str, Any]]) -> None:
             f"{row['megabytes']:.1f}",
             f"{row['load_seconds']:.1f}",
             f"{row['memory_megabytes']:.0f}",
+            f"{row['share_of_int8_peak']:.0%}",
             ", ".join(f"{count} {precision}" for precision, count in row["convolutions"].items()),
         )
     Console().print(table)

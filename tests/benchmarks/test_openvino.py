@@ -1,0 +1,18 @@
+import numpy as np
+import pytest
+
+openvino = pytest.importorskip("openvino")
+from openvino import opset13  # noqa: E402
+
+from anomalib_raad.benchmarks.openvino import _peak_model, convolutions, multiply_adds  # noqa: E402
+
+
+def test_multiply_adds_of_a_convolution() -> None:
+    x = opset13.parameter([1, 3, 8, 9], np.float32)
+    kernel = opset13.constant(np.ones((5, 3, 2, 2), dtype=np.float32))
+    y = opset13.convolution(x, kernel, [1, 1], [0, 0], [0, 0], [1, 1])
+    assert multiply_adds(openvino.Model([y], [x], "one")) == 7 * 8 * 5 * 3 * 4
+
+
+def test_peak_is_taken_in_integers() -> None:
+    assert convolutions(openvino.Core().compile_model(_peak_model(), "CPU")) == {"u8": 4}

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from anomalib_raad.quantization.layers import make_quantizable_, quantizable_layers
-from anomalib_raad.quantization.recipe import Allocation, Outcome, model_bytes, quantize_
+from anomalib_raad.quantization.recipe import Allocation, Outcome, _recorded_inputs, model_bytes, quantize_
 
 NAMES = ["0", "1", "2"]
 
@@ -117,6 +117,15 @@ def test_outcome_of_an_earlier_version() -> None:
     }
     outcome = Outcome.from_state(state)
     assert outcome.state() == state | {"sensitivity": {}, "sqnr_db": {}}
+
+
+def test_recorded_inputs_do_not_keep_whole_feature_maps() -> None:
+    layer = Toy().teacher[0]
+    with _recorded_inputs({"first": layer}) as inputs:
+        layer(torch.rand(1, 3, 256, 256))
+    (values,) = inputs["first"]
+    assert 4000 < len(values) < 5000
+    assert values.untyped_storage().nbytes() == 4 * len(values)
 
 
 @pytest.mark.parametrize(

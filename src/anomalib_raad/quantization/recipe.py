@@ -258,7 +258,7 @@ def _recorded_inputs(layers: Mapping[K, QuantConv2d]) -> Iterator[dict[K, list[t
         values = arguments[0].detach().float().flatten()
         # An odd stride does not fall into step with rows and channels, whose lengths are mostly even.
         stride = values.numel() // (_SAMPLES_PER_IMAGE * len(arguments[0])) | 1
-        inputs[places[layer]].append(values[::stride])
+        inputs[places[layer]].append(values[::stride].clone())  # a view would keep all of the values
 
     hooks = [layer.register_forward_pre_hook(record) for layer in places]
     try:

@@ -13,7 +13,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 from anomalib import LearningType
-from anomalib.data import Batch, PredictDataset
+from anomalib.data import Batch
 from anomalib.data.transforms.utils import extract_transforms_by_type
 from anomalib.deploy import CompressionType, ExportType
 from anomalib.engine.plugins.checkpoint_io import AnomalibCheckpointIO
@@ -23,7 +23,7 @@ from anomalib.models.components.base.export_mixin.utils import create_export_roo
 from anomalib.post_processing import PostProcessor
 from anomalib.pre_processing import PreProcessor
 from anomalib.visualization import Visualizer
-from lightning.pytorch.utilities.combined_loader import CombinedLoader
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from lightning_utilities.core.imports import module_available
 from torchvision.transforms.v2 import Normalize, Resize
@@ -32,7 +32,8 @@ from tqdm import tqdm
 from .attention import attention_bias
 from .checkpoints import AtomicCheckpointIO, check_archive
 from .closed_form import restore_student_
-from .data.drift import Ranges, differences, ranges
+from .data.drift import Ranges, ranges
+from .data.guard import PredictionGuard
 from .data.penalty import PenaltyImages
 from .data.readable import describe, unreadable
 from .data.training import NormalImages
@@ -198,7 +199,7 @@ class Raad(AnomalibModule):
         self._outcome = Outcome({}, {}, [], {}, {})
         self._stages: dict[str, dict[str, Any]] = {}
         self._steps: list[torch.Tensor] = []
-        self._seen: Ranges = {}  # properties of the training images
+        self.seen: Ranges = {}  # properties of the training images
         self._penalty: PenaltyImages | None = None
         self._teacher_features = FeatureCache(self.model.teacher_features)
         self._batches = 0
@@ -272,7 +273,7 @@ class Raad(AnomalibModule):
 
     def _prepare_model(self) -> None:
         originals = self._images.plain(self._images.kept[: self.hparams["calibration_images"]])
-        self._seen = ranges(image[0] for image in originals)
+        self.seen = ranges(image[0] for image in originals)
         with self.trainer.precision_plugin.forward_context():
             self._set_teacher_statistics()
             if self.hparams["closed_form_start"]:
@@ -519,29 +520,9 @@ class Raad(AnomalibModule):
         predictions = self.model(batch.image)
         return batch.update(**predictions._asdict())
 
-    def on_predict_start(self) -> None:
-        """Leave out the files of a folder that cannot be read, so that the others are predicted."""
-        for loader in CombinedLoader(self.trainer.predict_dataloaders, "sequential").flattened:
-            if isinstance(loader.dataset, PredictDataset):
-                paths = loader.dataset.image_filenames
-                faults = unreadable(paths)
-                message = f"{len(faults)} of {len(paths)} file(s) to predict cannot be used:\n{describe(faults)}"
-                if len(faults) == len(paths):
-                    raise ValueError(message)
-                if faults:
-                    logger.warning(message)
-                loader.dataset.image_filenames = [path for path in paths if str(path) not in faults]
-        self._drift_warned = not self._seen  # by models of earlier versions
-
-    def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
-        """Warn once in a prediction if an image, not yet resized, is unlike all training images."""
-        if self.trainer.predicting and not self._drift_warned:
-            for path, image in zip(batch.image_path or [], cast("torch.Tensor", batch.image), strict=False):
-                if found := differences(image, self._seen):
-                    logger.warning("%s is unlike the training images: %s. Scores may mean nothing.", path, found)
-                    self._drift_warned = True
-                    break
-        return cast("Batch", super().on_after_batch_transfer(batch, dataloader_idx))
+    def configure_callbacks(self) -> list[Callback]:
+        """anomalib's, and before them a guard that sees images as they are on the disk."""
+        return [PredictionGuard(), *cast("list[Callback]", super().configure_callbacks())]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Save the report's numbers with the model.
@@ -556,7 +537,7 @@ class Raad(AnomalibModule):
             msg = f"no checkpoint: the values of {names} are not finite. Lower lr, finetune_lr or weight_decay."
             raise FloatingPointError(msg)
         checkpoint["raad"] = {"format": _FORMAT, "outcome": self._outcome.state(), "stages": self._stages}
-        checkpoint["raad"]["seen"] = self._seen
+        checkpoint["raad"]["seen"] = self.seen
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restore the report's numbers."""
@@ -570,7 +551,7 @@ class Raad(AnomalibModule):
             raise ValueError(msg)
         self._outcome = Outcome.from_state(checkpoint["raad"]["outcome"])
         self._stages = checkpoint["raad"]["stages"]
-        self._seen = checkpoint["raad"].get("seen", {})
+        self.seen = checkpoint["raad"].get("seen", {})
         # Settings of metrics are no part of the model: it can be tested with others than it was trained with.
         metrics = {name: value for name, value in self.state_dict().items() if name.startswith("evaluator.")}
         state = checkpoint["state_dict"]

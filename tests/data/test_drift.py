@@ -43,7 +43,7 @@ def test_prediction_warns_once(images, small_raad, engine, tmp_path, caplog) -> 
     model = small_raad()
     engine(logger=False).predict(model, data_path=tmp_path)
     assert "unlike" not in caplog.text  # a model that knows of no training images
-    model._seen = ranges(images)
+    model.seen = ranges(images)
     engine(logger=False).predict(model, data_path=tmp_path)
     assert caplog.text.count("a.png is unlike the training images: contrast 0.471 (training: ") == 1
     assert "b.png is unlike" not in caplog.text

@@ -9,6 +9,7 @@ with what it was distilled from, and each feature map of the backbone with the o
 
 import json
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import cast
 
@@ -54,7 +55,8 @@ def main(
     """
     set_up_(data, every)
     normal = [data.train_data[index].image for index in range(min(train_images, len(data.train_data)))]
-    test = [(item.image, int(item.gt_label)) for item in data.test_data]
+    items = (data.test_data[index] for index in range(len(data.test_data)))
+    test = [(item.image, int(cast("torch.Tensor", item.gt_label))) for item in items]
     figures = {
         f"{name}, {size}x{size}": auroc(
             features, [_resized(image, size) for image in normal], [(_resized(image, size), y) for image, y in test]
@@ -77,12 +79,16 @@ def candidates(layers: Sequence[int], channels: int) -> list[tuple[str, int, Fea
     found: list[tuple[str, int, Features]] = []
     for name, size, network in (("teacher", 256, model.teacher), ("targets", 512, targets)):
         for part, of in shares.items():
-            found.append((f"{name}{part}", size, lambda x, net=network, of=of: _on_the_grid(net(x)[:, of])))
+            found.append((f"{name}{part}", size, partial(_channels, network, of)))
     for chosen in (*((layer,) for layer in layers), tuple(layers)):
         backbone = create_backbone(OFFLINE_BACKBONE, chosen).eval()
         name = "backbone, map " + ", ".join(map(str, chosen))
-        found.append((name, 256, lambda x, net=backbone: _concatenated(net, x)))
+        found.append((name, 256, partial(_concatenated, backbone)))
     return found
+
+
+def _channels(network: nn.Module, which: slice, image: torch.Tensor) -> torch.Tensor:
+    return _on_the_grid(network(image)[:, which])
 
 
 def _concatenated(backbone: nn.Module, image: torch.Tensor) -> torch.Tensor:
@@ -94,8 +100,8 @@ def _on_the_grid(features: torch.Tensor) -> torch.Tensor:
     return F.adaptive_avg_pool2d(features, _GRID)
 
 
-def _resized(image: torch.Tensor, size: int) -> torch.Tensor:
-    return cast("torch.Tensor", resize(image, [size, size], antialias=True))[None]
+def _resized(image: torch.Tensor | None, size: int) -> torch.Tensor:
+    return resize(cast("torch.Tensor", image), [size, size], antialias=True)[None]
 
 
 @torch.no_grad()

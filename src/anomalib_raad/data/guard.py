@@ -3,7 +3,8 @@
 import logging
 from typing import Any, cast
 
-from anomalib.data import Batch, PredictDataset
+import torch
+from anomalib.data import ImageBatch, PredictDataset
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
@@ -42,10 +43,10 @@ class PredictionGuard(Callback):
                     logger.warning(message)
                 loader.dataset.image_filenames = [path for path in paths if str(path) not in faults]
 
-    def on_predict_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Batch, *_: Any) -> None:  # noqa: ANN401
+    def on_predict_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: ImageBatch, *_: Any) -> None:  # noqa: ANN401
         """Compare images with the training's, before the pre-processor has resized them."""
         del trainer, pl_module
-        for path, image in zip(batch.image_path or [], batch.image, strict=False):
+        for path, image in zip(batch.image_path or [], cast("torch.Tensor", batch.image), strict=False):
             if not self.warned and (found := differences(image, self.seen)):
                 logger.warning("%s is unlike the training images: %s. Scores may mean nothing.", path, found)
                 self.warned = True

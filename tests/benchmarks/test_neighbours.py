@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from anomalib_raad.benchmarks.features import auroc, candidates
+from anomalib_raad.benchmarks.neighbours import auroc, candidates
 
 
 def test_auroc_of_features_that_see_the_anomaly_and_of_those_that_do_not() -> None:

@@ -1,6 +1,6 @@
 """How well features tell anomalous images by nearest neighbours alone, without any student.
 
-    python -m anomalib_raad.benchmarks.features --data anomalib_raad.Elpv --data.category mono --every 6
+    python -m anomalib_raad.benchmarks.neighbours --data anomalib_raad.Elpv --data.category mono --every 6
 
 An image's score is the largest distance of one of its patches to the nearest of a bank of normal patches, as in
 PatchCore without its reweighting. Every channel is normalised on normal images. So it compares what a teacher offers

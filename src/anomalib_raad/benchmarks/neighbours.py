@@ -4,7 +4,7 @@
 
 An image's score is the largest distance of one of its patches to the nearest of a bank of normal patches, as in
 PatchCore without its reweighting. Every channel is normalised on normal images. So it compares what a teacher offers
-with what it was distilled from, and each feature map of the backbone with the others, within a minute.
+with what it was distilled from, and each feature map of the backbone with the others, within minutes.
 """
 
 import json

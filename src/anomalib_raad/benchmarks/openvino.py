@@ -62,12 +62,13 @@ def main(rounds: int = 30, bits: int = 4, projections: tuple[int, ...] = (128, 6
             _Variant(name, path, precision)
             for name, path, precision in _export(Path(folder), image, bits, projections, cells)
         ]
-        peak = openvino.Core().compile_model(_peak_model(), "CPU")
+        peak_graph = _peak_model()
+        peak = openvino.Core().compile_model(peak_graph, "CPU")
         values = np.full(peak.input(0).shape, 100, dtype=np.float32)
         steps = [partial(peak, values), *(partial(row.infer, image.numpy()) for row in rows)]
         median_seconds(steps, rounds=2)  # to warm up
         peak_seconds, *all_seconds = median_seconds(steps, rounds)
-        per_second = multiply_adds(_peak_model()) / peak_seconds
+        per_second = multiply_adds(peak_graph) / peak_seconds
         for row, seconds in zip(rows, all_seconds, strict=True):
             row.figures["milliseconds"] = 1000 * seconds
             row.figures["share_of_int8_peak"] = row.figures["multiply_adds"] / seconds / per_second

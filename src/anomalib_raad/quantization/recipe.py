@@ -182,8 +182,7 @@ def quantize_(
             if reconstructed:
                 windows.append(_random_windows(images, generator))
     inputs = {place: torch.cat(values) for place, values in recorded.items()}
-    bar = tqdm(weights, "Sensitivity of the layers", leave=False)
-    sensitivity = {name: _sensitivity(model, name, inputs, some, allocation.activation_bits) for name in bar}
+    sensitivity = _sensitivity(model, list(weights), inputs, some, allocation.activation_bits)
     for (network, name), layer in layers.items():
         layer.quantize_(plan[network][name], inputs[network, name], allocation.activation_bits)
     unrounded = [layer.weight.clone() for layer in layers.values()]
@@ -200,25 +199,27 @@ def quantize_(
 
 def _sensitivity(
     model: Quantizable,
-    layer: str,
+    names: Sequence[str],
     inputs: Mapping[tuple[str, str], torch.Tensor],
     images: Sequence[torch.Tensor],
     activation_bits: int | None,
-) -> dict[int, float]:
-    """By bits how much the student-teacher map moves if only this layer of both networks is quantized."""
+) -> dict[str, dict[int, float]]:
+    """By layer and bits how much the student-teacher map moves if only this layer of both networks is quantized."""
 
     def maps(networks: Quantizable) -> torch.Tensor:
         last = [networks.aligned_features(batch)[-1] for batch in images]
         return torch.cat([(teacher - student).square().mean(1).flatten() for teacher, student in last])
 
-    before, moves = maps(model), {}
-    for bits in BITS:
+    def move(name: str, bits: int) -> float:
         trial = deepcopy(model)
         for network in ("teacher", "student"):
-            place = quantizable_layers(getattr(trial, network))[layer]
-            place.quantize_(bits, inputs[network, layer], activation_bits)
-        moves[bits] = float((maps(trial) - before).abs().mean() / before.mean())
-    return moves
+            layer = quantizable_layers(getattr(trial, network))[name]
+            layer.quantize_(bits, inputs[network, name], activation_bits)
+        return float((maps(trial) - before).abs().mean() / before.mean())
+
+    before = maps(model)
+    bar = tqdm(names, "Sensitivity of the layers", leave=False)
+    return {name: {bits: move(name, bits) for bits in BITS} for name in bar}
 
 
 def _sqnr_db(signal: torch.Tensor, quantized: torch.Tensor) -> float:

@@ -10,14 +10,14 @@ with what it was distilled from, and each feature map of the backbone with the o
 import json
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import accumulate
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from anomalib.data import AnomalibDataModule
 from jsonargparse import auto_cli
 from rich.console import Console
-from torch import nn
 from torch.nn import functional as F  # noqa: N812
 from torchmetrics.functional.classification import binary_auroc
 from torchvision.transforms.v2.functional import resize
@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from anomalib_raad import RaadModel
 from anomalib_raad.statistics import channel_mean_std
-from anomalib_raad.teacher.features import OFFLINE_BACKBONE, OFFLINE_STATISTICS, PatchFeatures, create_backbone
+from anomalib_raad.teacher.features import OFFLINE_BACKBONE, PatchFeatures
 from anomalib_raad.teacher.weights import load_teacher_
 
 from .testing import set_up_
@@ -74,26 +74,28 @@ def candidates(layers: Sequence[int], channels: int) -> list[tuple[str, int, Fea
     model = RaadModel().eval()
     load_teacher_(model.teacher, "bundled", "small")
     targets = PatchFeatures(OFFLINE_BACKBONE, layers, channels)
-    share = channels // len(layers)
-    shares = {"": slice(None)} | {f", map {n}": slice(i * share, (i + 1) * share) for i, n in enumerate(layers)}
+    info: Any = targets.backbone.feature_info
+    shares = [channels // len(layers)] * len(layers)
+    every_map = "backbone, map " + ", ".join(map(str, layers))
     found: list[tuple[str, int, Features]] = []
-    for name, size, network in (("teacher", 256, model.teacher), ("targets", 512, targets)):
-        for part, of in shares.items():
-            found.append((f"{name}{part}", size, partial(_channels, network, of)))
-    for chosen in (*((layer,) for layer in layers), tuple(layers)):
-        backbone = create_backbone(OFFLINE_BACKBONE, chosen).eval()
-        name = "backbone, map " + ", ".join(map(str, chosen))
-        found.append((name, 256, partial(_concatenated, backbone)))
+    for name, whole, size, network, widths in (
+        ("teacher", "teacher", 256, model.teacher, shares),
+        ("targets", "targets", 512, targets, shares),
+        ("backbone", every_map, 256, partial(_backbone_maps, targets), info.channels()),
+    ):
+        found.append((whole, size, partial(_channels, network, slice(None))))
+        for layer, width, end in zip(layers, widths, accumulate(widths), strict=True):
+            found.append((f"{name}, map {layer}", size, partial(_channels, network, slice(end - width, end))))
     return found
 
 
-def _channels(network: nn.Module, which: slice, image: torch.Tensor) -> torch.Tensor:
+def _channels(network: Features, which: slice, image: torch.Tensor) -> torch.Tensor:
     return _on_the_grid(network(image)[:, which])
 
 
-def _concatenated(backbone: nn.Module, image: torch.Tensor) -> torch.Tensor:
-    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in OFFLINE_STATISTICS)
-    return torch.cat([_on_the_grid(features) for features in backbone((image - mean) / std)], dim=1)
+def _backbone_maps(targets: PatchFeatures, image: torch.Tensor) -> torch.Tensor:
+    maps = targets.backbone((image - targets.mean) / targets.std)
+    return torch.cat([_on_the_grid(features) for features in maps], dim=1)
 
 
 def _on_the_grid(features: torch.Tensor) -> torch.Tensor:

@@ -154,6 +154,20 @@ def test_quantizing_a_first_layer_folds_the_normalisation_into_it(padding: int) 
     torch.testing.assert_close(layer(images), quantized, rtol=0, atol=0.05 if padding else 1e-5)
 
 
+@pytest.mark.parametrize("error", [-1e-6, 0.0, 1e-6])
+def test_a_first_layer_rounds_ties_up_whatever_float32_makes_of_them(error: float) -> None:
+    """Resizing by powers of two makes many, and runtimes that rounded them differently would see other images."""
+    layer = ImageConv2d.from_conv(nn.Conv2d(3, 5, 4)).requires_grad_(requires_grad=False)
+    layer.quantize_(8)
+    steps = torch.arange(255, dtype=torch.float64)
+
+    def rounded(values: torch.Tensor) -> torch.Tensor:
+        return (255 * layer.quantized_input((values / 255 * (1 + error)).float())).round().double()
+
+    assert torch.equal(rounded(steps + 1 / 2), steps + 1)
+    assert torch.equal(rounded(steps + 1 / 2 - 1 / 1024), steps)
+
+
 @pytest.mark.parametrize("size", ["small", "medium"])
 def test_quantized_state_loads_into_a_fresh_model(size: str) -> None:
     model = RaadModel(size).eval()

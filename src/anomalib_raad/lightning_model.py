@@ -107,8 +107,8 @@ class Raad(AnomalibModule):
             mapping names the bits of single layers.
         average_bits: HQS chooses by rank instead of thresholds, so that a weight of teacher and student has at most so
             many bits on average.
-        activation_bits: Bits of what enters each layer; ``None``: as many as its weights, as in the paper. 8 cost no
-            time, since integer kernels compute in 8 bits.
+        activation_bits: Bits of what enters each layer; ``None``: as many as its weights, the literal reading of the
+            paper. 8 cost neither bytes nor time, since integer kernels compute in 8 bits.
         first_last_bits: Bits of the first and last layer of teacher and student.
         autoencoder_bits: Bits of the autoencoder.
         hqs_thresholds: Limits of phi: scores below the first get 2 bits, then 3, 4, and from the last on 8.
@@ -163,7 +163,7 @@ class Raad(AnomalibModule):
         normalize_maps: bool = True,
         bits: int | dict[str, int] | None = None,
         average_bits: float | None = None,
-        activation_bits: int | None = None,
+        activation_bits: int | None = 8,
         first_last_bits: int = 8,
         autoencoder_bits: int = 8,
         hqs_thresholds: tuple[float, float, float] = DEFAULT_THRESHOLDS,

@@ -47,16 +47,16 @@ class Row(NamedTuple):
 ROWS = {
     _FIRST: Row({"bits": 8}, tested=("trained", "quantized", "model")),
     _LONGER: Row({"bits": 8, "restore_student": False}, tested=("trained",)),
-    "uniform 4": Row({"bits": 4}),
-    "uniform 3": Row({"bits": 3}),
-    "uniform 2": Row({"bits": 2}),
+    "uniform 4": Row({"bits": 4, "activation_bits": None}),
+    "uniform 3": Row({"bits": 3, "activation_bits": None}),
+    "uniform 2": Row({"bits": 2, "activation_bits": None}),
     "HQS": Row({}),
     "HQS, in float": Row({"finetune_float": True}, ("HQS", "quantized"), ("model",)),
     "HQS, learned steps": Row({"learn_steps": True}),
     "HQS, nearest rounding": Row({"reconstruction_iterations": 0}),
     "HQS, plain error": Row({"fisher": False}),
     "HQS, student not restored": Row({"restore_student": False}),
-    "HQS, 8-bit activations": Row({"activation_bits": 8}),
+    "HQS, activations too": Row({"activation_bits": None}),
     "LSQ 8/8": Row({"bits": 8, "learn_steps": True, "restore_student": False}),
 }
 """The rows; the longer baseline spends the steps of fine-tuning on further training."""

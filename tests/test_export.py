@@ -47,11 +47,6 @@ def finished(cells, images, tmp_path_factory) -> Raad:
     )
     root = tmp_path_factory.mktemp("finished")
     Engine(max_steps=4, default_root_dir=root, accelerator="cpu", logger=False).fit(model, datamodule=data)
-    # Runtimes may round a value next to a boundary differently. Judge that by the maps' range: the scores' own, of
-    # four images, is so narrow that it would be magnified.
-    post_processor = model.post_processor
-    post_processor.image_min.copy_(post_processor.pixel_min)
-    post_processor.image_max.copy_(post_processor.pixel_max)
     return model.eval()
 
 

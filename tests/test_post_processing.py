@@ -1,6 +1,6 @@
 import pytest
 import torch
-from anomalib.data import InferenceBatch
+from anomalib.data import ImageBatch, InferenceBatch
 from anomalib.post_processing import PostProcessor
 
 from anomalib_raad.post_processing import RaadPostProcessor
@@ -42,6 +42,21 @@ def test_scores_stay_apart() -> None:
     assert ours.max() < 1
     assert ours.min() > 0
     assert ((anomalibs == 1) | (anomalibs == 0)).sum() > 180
+
+
+def test_scores_have_the_range_of_the_maps() -> None:
+    """The scores of two like images differ by a hundredth of what their maps span."""
+    maps = torch.tensor([[0.0, 1.0], [0.2, 1.01]]).view(2, 1, 1, 2)
+    batch = ImageBatch(
+        image=torch.zeros(2, 3, 1, 2), gt_label=torch.tensor([0, 0]), anomaly_map=maps, pred_score=maps.amax((1, 2, 3))
+    )
+    post_processor = RaadPostProcessor()
+    post_processor.on_validation_batch_end(None, None, batch)
+    post_processor.on_validation_epoch_end(None, None)
+    # The threshold is the highest normal score. x = -0.01 / 1.01 for the other one.
+    x = 0.01 / 1.01
+    done = processed(post_processor, [1.0, 1.01])
+    torch.testing.assert_close(done.pred_score, torch.tensor([0.5 - x / (1 + 2 * x), 0.5]))
 
 
 def test_equal_validation_scores_and_none() -> None:

@@ -2,6 +2,7 @@
 
 import torch
 from anomalib.post_processing import PostProcessor
+from lightning.pytorch import LightningModule, Trainer
 
 _LEAST_RANGE = 1e-6
 
@@ -23,7 +24,18 @@ class RaadPostProcessor(PostProcessor):
     become equal, and every metric that ranks loses. Here only infinity would be 1::
 
         1/2 + x / (1 + 2 |x|)   with x = (s - t) / (max - min)
+
+    ``min`` and ``max`` are those of the maps' pixels, for scores as well: a score is its map's maximum. anomalib takes
+    the range of the scores themselves, and that of a few normal images is so narrow that nearly every score would end
+    at 0 or 1, and that a rounding error in the map would be magnified.
     """
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Compute thresholds and the one range of maps and scores."""
+        super().on_validation_epoch_end(trainer, pl_module)
+        if not torch.isnan(self.pixel_min):
+            self.image_min.copy_(self.pixel_min)
+            self.image_max.copy_(self.pixel_max)
 
     @staticmethod
     def _normalize(

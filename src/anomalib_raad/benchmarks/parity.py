@@ -22,9 +22,11 @@ from jsonargparse import auto_cli
 from rich.console import Console
 from rich.table import Table
 from torchvision.transforms.v2 import Resize
-from tqdm import trange
+from tqdm import tqdm, trange
 
 from anomalib_raad import Raad
+
+from .testing import set_up_
 
 Inference = Callable[[np.ndarray], dict[str, np.ndarray]]
 
@@ -34,6 +36,7 @@ def main(
     data: AnomalibDataModule,
     sizes: tuple[int, ...] = (128, 256, 384),
     batches: tuple[int, ...] = (1, 3, 8),
+    every: int = 1,
     output: Path | None = None,
 ) -> None:
     """Compare every exported form with torch on all test images and print a table.
@@ -43,16 +46,18 @@ def main(
         data: Data set whose test images are inferred.
         sizes: Sides of the square images that the networks see.
         batches: Batch sizes.
+        every: Infer every so-manieth test image only.
         output: JSON file for the figures.
     """
     model = Raad.load_from_checkpoint(ckpt_path, visualizer=False).eval()
-    data.setup()
+    set_up_(data, every)
+    originals = [data.test_data[index].image for index in trange(len(data.test_data), desc="Images")]
     rows = []
     for size in sizes:
         model.pre_processor = Raad.configure_pre_processor((size, size))
         resize = Resize((size, size), antialias=True)
-        images = [resize(data.test_data[index].image) for index in trange(len(data.test_data), desc=f"{size}x{size}")]
-        rows += [{"size": size, **row} for row in compare(model, torch.stack(images), batches)]
+        images = torch.stack([resize(image) for image in tqdm(originals, f"{size}x{size}")])
+        rows += [{"size": size, **row} for row in compare(model, images, batches)]
     columns = list(rows[0])
     table = Table(*columns)
     for row in rows:

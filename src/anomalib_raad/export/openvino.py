@@ -14,6 +14,7 @@ from anomalib.models.components.base.export_mixin.utils import (
 
 from .lowering import integer_convolutions
 from .packing import pack_weights_
+from .pooling import pool_by_resizing_
 
 
 def save_integer_ir(
@@ -33,6 +34,7 @@ def save_integer_ir(
         half: Store what is not quantized (biases, steps) as float16.
     """
     model = _convert(module.eval(), input_size)
+    pool_by_resizing_(model)
     if packed:
         pack_weights_(model)
     with TemporaryDirectory(dir=path.parent) as unfinished:

@@ -150,7 +150,9 @@ def _export_patchcore(path: Path) -> Path:
     image = torch.rand(1, 3, *_SIZE)
     patches = network.train()(image)  # in training it gives the patches' features
     network.memory_bank = torch.rand(_BANK_IMAGES * len(patches) // 10, patches.shape[1])
-    openvino.save_model(openvino.convert_model(torch.export.export(network.eval(), (image,), strict=False)), path)
+    model = openvino.convert_model(torch.export.export(network.eval(), (image,), strict=False))
+    model.reshape(image.shape)  # the conversion leaves every size of the input open
+    openvino.save_model(model, path)
     return path
 
 

@@ -1,6 +1,6 @@
 """What features tell of anomalous images: by nearest neighbours, and as a teacher whose student is solved at once.
 
-    python -m anomalib_raad.benchmarks.features --data anomalib_raad.Elpv --data.category mono --every 3
+    python -m anomalib_raad.benchmarks.feature_detection --data anomalib_raad.Elpv --data.category mono --every 3
 
 Nearest neighbours: an image's score is the largest distance of one of its patches to the nearest of a bank of normal
 patches, as in PatchCore without its reweighting. Student: a PDN of random inner layers learns the features by ridge

@@ -89,11 +89,8 @@ def solve_last_layer_(
             seen.clear()
             run(image)
             inputs, output = seen
-            patches = F.unfold(
-                layer.quantized_input(inputs).float(), layer.kernel_size, padding=cast("tuple[int, int]", layer.padding)
-            )[0].T
-            chosen = torch.randperm(len(patches), generator=generator)[:samples].to(patches.device)
-            phi = F.pad(patches[chosen], (0, 1), value=1.0)
+            chosen = torch.randperm(output[0, 0].numel(), generator=generator)[:samples].to(output.device)
+            phi = F.pad(_patches(layer, layer.quantized_input(inputs), chosen), (0, 1), value=1.0)
             y = target(image, output)[0].flatten(1).T[chosen].float()
             with torch.autocast(phi.device.type, enabled=False):  # sums of 16-bit products are not precise enough
                 gram, moments = gram + (phi.T @ phi).double(), moments + (phi.T @ y).double()
@@ -104,3 +101,12 @@ def solve_last_layer_(
     layer.set_weight_(solution[:, :-1].reshape_as(layer.weight))
     assert layer.bias is not None  # noqa: S101  # every layer of PDN and autoencoder has one
     layer.bias.copy_(solution[:, -1])
+
+
+def _patches(layer: QuantConv2d, inputs: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """What a convolution of stride 1 sees at positions of its output, a row each; ``F.unfold`` would copy all of it."""
+    height, width = cast("tuple[int, int]", layer.padding)
+    padded = F.pad(inputs[0], (width, width, height, height))
+    windows = padded.unfold(1, layer.kernel_size[0], 1).unfold(2, layer.kernel_size[1], 1)
+    rows, columns = positions // windows.shape[2], positions % windows.shape[2]
+    return windows[:, rows, columns].movedim(1, 0).flatten(1).float()

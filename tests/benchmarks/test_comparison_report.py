@@ -59,6 +59,7 @@ def test_a_difference_within_the_spread_is_no_win(report) -> None:
     # seeds 0 and 1 of a and b: 0.85 and 0.87 against 0.89 and 0.895
     assert line(text, "mean", pair)[-1] == "-0.032 over 2 data sets, spread 0.020: worse"
     assert line(text, "a", "Raad", "3")[-1] == "0.920 (0.900 to 0.940)"
+    assert line(text, "b", "Raad", "2")[-1] == "0.800"
 
 
 def test_published_rows_stand_beside_the_means_and_never_in_them(report, tmp_path) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
+import numpy as np
 import pandas as pd
 import torch
 from jinja2 import Template
@@ -72,8 +73,13 @@ def _tables(cells: list[dict[str, Any]], results: Path, first: str, apart: Seque
     frame = pd.DataFrame(cells).drop(columns=["images", "heatmaps"])
     frame["megabytes"] = frame.pop("bytes") / 1e6
     frame.to_csv(results / "comparison.csv", index=False)
-    auroc = frame.pivot_table(index="data", columns="model", values="image_AUROC", sort=False)
-    axis = auroc.plot.bar(rot=0, figsize=(8, 4), ylabel="image AUROC")
+    mean, low, high = (
+        frame.pivot_table(index="data", columns="model", values="image_AUROC", aggfunc=how, sort=False)
+        for how in ("mean", "min", "max")
+    )
+    spread = np.stack([(mean - low).T, (high - mean).T], axis=1)  # for each model below and above the bars
+    axis = mean.plot.bar(rot=0, figsize=(8, 4), ylabel="image AUROC, mean and range over seeds", yerr=spread, capsize=3)
+    axis.legend(loc="upper left", bbox_to_anchor=(1, 1))
     axis.figure.savefig(results / "comparison.png", dpi=120, bbox_inches="tight")
     plt.close(axis.figure)
     detection = _summary(frame, QUALITY)
@@ -106,7 +112,7 @@ def _mean_and_range(values: pd.Series) -> str:
     if values.empty:
         return ""
     low, mean, high = (f"{value:.3f}" if value <= 1 else f"{value:.1f}" for value in values.agg(["min", "mean", "max"]))
-    return mean if len(values) == 1 else f"{mean} ({low} to {high})"
+    return mean if low == high else f"{mean} ({low} to {high})"
 
 
 def _differences(frame: pd.DataFrame, first: str, apart: Sequence[str]) -> pd.DataFrame:

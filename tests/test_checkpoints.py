@@ -101,9 +101,9 @@ def test_nothing_is_unpickled(checkpoint: Path, tmp_path, load: Callable) -> Non
 
 def test_newer_format__error(checkpoint: Path, tmp_path, load: Callable) -> None:
     content = torch.load(checkpoint, weights_only=True)
-    content["raad"]["format"] = 2
+    content["raad"]["format"] = 3
     torch.save(content, tmp_path / "model.ckpt")
-    with pytest.raises(ValueError, match="the checkpoint's format is 2, known are those up to 1; install"):
+    with pytest.raises(ValueError, match="the checkpoint's format is 3, known are those up to 2; install"):
         load(tmp_path / "model.ckpt")
 
 

@@ -109,12 +109,12 @@ def test_openvino_with_activations_of_8_bits(finished: Raad, images: torch.Tenso
     assert_close(run(compiled(mixed.to_openvino(tmp_path, input_size=(64, 64))), images), mixed, images)
 
 
-def test_every_convolution_runs_in_integers(finished: Raad, tmp_path) -> None:
+def test_every_convolution_and_pooling_runs_in_integers(finished: Raad, tmp_path) -> None:
     runtime = compiled(finished.to_openvino(tmp_path, input_size=(64, 64))).get_runtime_model()
     info = [operation.get_rt_info() for operation in runtime.get_ordered_ops()]
     nodes = [(i["layerType"].astype(str), i["runtimePrecision"].astype(str)) for i in info]
     assert [precision for kind, precision in nodes if kind == "Convolution"] == ["u8"] * 22
-    assert "Pooling" not in dict(nodes)  # quantizers are fused into what replaces it
+    assert [precision for kind, precision in nodes if kind == "Pooling"] == ["u8"] * 4
 
 
 def test_packed_weights_are_smaller_and_exact(finished: Raad, images: torch.Tensor, tmp_path) -> None:

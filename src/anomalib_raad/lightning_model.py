@@ -42,7 +42,7 @@ from .figures import StageVisualizer, log_figures
 from .initialization import AUTOENCODER_STEPS, start_in_closed_form_
 from .post_processing import RaadPostProcessor
 from .pre_processing import RaadPreProcessor
-from .quantization.layers import learned_steps, quantizable_layers
+from .quantization.layers import dequantize_, learned_steps, quantizable_layers
 from .quantization.recipe import DEFAULT_THRESHOLDS, Allocation, Outcome, aligned_weights, model_bytes, quantize_
 from .quantization.reconstruction import Reconstruction
 from .report import write_report
@@ -53,7 +53,7 @@ from .torch_model import MAX_IMAGE_SIZE, MIN_IMAGE_SIZE, RaadModel
 
 logger = logging.getLogger(__name__)
 
-_FORMAT = 1  # of checkpoints; raised when an older version could no longer read them
+_FORMAT = 2  # of checkpoints; raised when an older version can no longer read them
 _UNLIMITED_EPOCHS = {None, -1, 1000}  # Lightning's max_epochs when the user has set none (1000), or no limit (-1)
 _NEEDS: dict[str, tuple[Callable[[Any], bool], tuple[str, ...]]] = {
     "a positive number up to 1": (lambda x: 0 < x <= 1, ("lr", "finetune_lr")),
@@ -324,8 +324,7 @@ class Raad(AnomalibModule):
             self.trainer.optimizers[0].state.clear()  # stage 3 starts with a fresh Adam
             self._end_stage("quantized", self.global_step)
         if self.hparams["finetune_float"] and self.model.quantized:
-            for layer in quantizable_layers(self.model).values():
-                layer.dequantize_()
+            dequantize_(self.model)
 
     def training_step(self, batch: Batch, batch_idx: int) -> STEP_OUTPUT:
         """Compute the loss of Eq. 6 and log its terms."""

@@ -3,7 +3,14 @@ import torch
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
 
-from anomalib_raad.quantization.layers import QuantConv2d, make_quantizable_, quantizable_layers
+from anomalib_raad.quantization.layers import (
+    QuantAvgPool2d,
+    QuantConv2d,
+    dequantize_,
+    make_quantizable_,
+    quantizable_layers,
+    quantizable_poolings,
+)
 from anomalib_raad.quantization.quantizers import BITS
 
 
@@ -58,12 +65,46 @@ def test_set_extra_state__error(conv: nn.Conv2d, state: dict[str, int]) -> None:
         QuantConv2d.from_conv(conv).set_extra_state(state)
 
 
-def test_make_quantizable_replaces_nested_convolutions_in_place() -> None:
-    network = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Sequential(nn.Conv2d(4, 2, 1)))
+@pytest.fixture
+def pooling() -> QuantAvgPool2d:
+    """A pooling whose grid ends at 1."""
+    pooling = QuantAvgPool2d.from_pool(nn.AvgPool2d(2, 2, padding=1))
+    pooling.quantize_input_(torch.linspace(0, 1, 256), 8)
+    return pooling
+
+
+def test_a_pooling_equals_the_mean_of_integers(pooling: QuantAvgPool2d) -> None:
+    x = 1.2 * torch.rand(2, 3, 8, 9)
+    integers = F.pad((255 * x).round().clamp(max=255), (1, 1, 1, 1))[..., :10]
+    sums = sum(integers[..., row::2, column::2] for row in (0, 1) for column in (0, 1))
+    torch.testing.assert_close(pooling.eval()(x), sums / 4 / 255)
+
+
+def test_a_pooling_in_training_or_without_a_grid_is_the_pooling(pooling: QuantAvgPool2d) -> None:
+    x = torch.rand(2, 3, 8, 9)
+    expected = F.avg_pool2d(x, 2, padding=1)
+    assert torch.equal(pooling.train()(x), expected)
+    assert not torch.equal(pooling.eval()(x), expected)
+    dequantize_(pooling)
+    assert torch.equal(pooling(x), expected)
+
+
+def test_state_dict_of_a_pooling(pooling: QuantAvgPool2d) -> None:
+    fresh = QuantAvgPool2d.from_pool(nn.AvgPool2d(2))
+    fresh.load_state_dict({})  # of format 1
+    assert fresh.input_bits == 0
+    fresh.load_state_dict(pooling.state_dict())
+    assert fresh.input_bits == 8
+    assert fresh.input_step == pooling.input_step
+
+
+def test_make_quantizable_replaces_nested_layers_in_place() -> None:
+    network = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Sequential(nn.AvgPool2d(2), nn.Conv2d(4, 2, 1)))
     before = list(network.parameters())
-    x = torch.randn(1, 3, 2, 2)
+    x = torch.randn(1, 3, 4, 4)
     expected = network(x)
     assert make_quantizable_(network) is network
-    assert list(quantizable_layers(network)) == ["0", "2.0"]
+    assert list(quantizable_layers(network)) == ["0", "2.1"]
+    assert list(quantizable_poolings(network)) == ["2.0"]
     assert all(a is b for a, b in zip(before, network.parameters(), strict=True))
     assert torch.equal(network(x), expected)

@@ -1,4 +1,4 @@
-"""A quantized anomalib model as an OpenVINO IR whose convolutions run in integer kernels."""
+"""A quantized anomalib model as an OpenVINO IR whose convolutions and poolings run in integer kernels."""
 
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -12,9 +12,8 @@ from anomalib.models.components.base.export_mixin.utils import (
     get_example_input,
 )
 
-from .lowering import integer_convolutions
+from .lowering import integer_kernels
 from .packing import pack_weights_
-from .pooling import pool_by_resizing_
 
 
 def save_integer_ir(
@@ -34,7 +33,6 @@ def save_integer_ir(
         half: Store what is not quantized (biases, steps) as float16.
     """
     model = _convert(module.eval(), input_size)
-    pool_by_resizing_(model)
     if packed:
         pack_weights_(model)
     with TemporaryDirectory(dir=path.parent) as unfinished:
@@ -48,7 +46,7 @@ def _convert(module: AnomalibModule, input_size: tuple[int, int] | None) -> open
     shapes = get_dynamic_shapes_from_axes(get_default_dynamic_axes(input_size, ["input"], []), ["input"], [])
     example = get_example_input(input_size, shapes).to(module.device)
     names = [name for name, value in module(example)._asdict().items() if value is not None]
-    with integer_convolutions(module):
+    with integer_kernels(module):
         program = torch.export.export(module, (example,), dynamic_shapes=shapes, strict=False)
     model = openvino.convert_model(program)
     model.reshape([-1, 3, *(input_size or (-1, -1))])  # the conversion leaves every size of the input open

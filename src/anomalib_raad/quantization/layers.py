@@ -1,4 +1,4 @@
-"""A convolution that can be quantized in place: its bits, steps and zero-point are its own state."""
+"""Convolutions and poolings that can be quantized in place: bits, steps and zero-points are their own state."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -20,7 +20,56 @@ from .quantizers import (
 _ALL = slice(None)
 
 
-class QuantConv2d(nn.Conv2d):
+class _QuantizedInput(nn.Module):
+    """What has a grid for its input, a step and a zero-point: buffers, whose bit-width (0: off) is extra state."""
+
+    bit_widths: tuple[str, ...] = ("input_bits",)
+    input_bits: int
+    input_step: torch.Tensor
+    input_zero_point: torch.Tensor
+
+    def add_input_grid_(self) -> None:
+        """Register the grid, switched off."""
+        self.input_bits = 0
+        self.register_buffer("input_step", torch.ones(()))
+        self.register_buffer("input_zero_point", torch.zeros(()))
+
+    def quantize_input_(self, values: torch.Tensor, bits: int) -> None:
+        """Choose the grid with the least squared rounding error on a sample of the input's values, of any shape."""
+        step, zero_point = search_input_grid(values, bits)
+        self.input_step.copy_(step)
+        self.input_zero_point.copy_(zero_point)
+        self.input_bits = bits
+
+    def quantized_input(self, x: torch.Tensor, scale: torch.Tensor | float = 1.0) -> torch.Tensor:
+        """The values that are seen of an input, if its step were ``scale`` times what it is."""
+        if not self.input_bits:
+            return x
+        return fake_quantize(x, self.input_step * scale, self.input_zero_point, *input_range(self.input_bits))
+
+    def dequantize_(self) -> None:
+        """Compute in floating point from now on."""
+        self.input_bits = 0
+
+    def get_extra_state(self) -> dict[str, int]:
+        """Bit-widths for the state dict."""
+        return {name: getattr(self, name) for name in self.bit_widths}
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        """Restore the bit-widths."""
+        for name, bits in state.items():
+            if name not in self.bit_widths or bits not in {0, *BITS}:
+                allowed = " and ".join(self.bit_widths)
+                msg = f"the state dict says {name}={bits!r}; allowed are {allowed} of 0 (off) or {BITS}"
+                raise ValueError(msg)
+            setattr(self, name, bits)
+
+    def extra_repr(self) -> str:
+        """Show the bit-widths."""
+        return ", ".join([super().extra_repr(), *(f"{name}={getattr(self, name)}" for name in self.bit_widths)])
+
+
+class QuantConv2d(_QuantizedInput, nn.Conv2d):
     """A convolution whose weights and input are fake-quantized once :meth:`quantize_` has been called.
 
     Weights have one step per output channel (symmetric grid), the input has one step and zero-point (affine grid).
@@ -28,9 +77,8 @@ class QuantConv2d(nn.Conv2d):
     the state dict too: the steps as buffers, the bit-widths (0: not quantized) as extra state.
     """
 
+    bit_widths = ("bits", "input_bits")
     weight_step: torch.Tensor
-    input_step: torch.Tensor
-    input_zero_point: torch.Tensor
 
     @classmethod
     def from_conv(cls, conv: nn.Conv2d) -> "QuantConv2d":
@@ -47,10 +95,9 @@ class QuantConv2d(nn.Conv2d):
             padding_mode=conv.padding_mode,
         )
         layer.weight, layer.bias = conv.weight, conv.bias
-        layer.bits = layer.input_bits = 0
+        layer.bits = 0
         layer.register_buffer("weight_step", torch.ones(conv.out_channels, 1, 1, 1))
-        layer.register_buffer("input_step", torch.ones(()))
-        layer.register_buffer("input_zero_point", torch.zeros(()))
+        layer.add_input_grid_()
         return layer
 
     def quantize_(self, bits: int, inputs: torch.Tensor | None, input_bits: int | None = None) -> None:
@@ -67,10 +114,7 @@ class QuantConv2d(nn.Conv2d):
         self.weight_step.copy_(search_weight_step(self.weight, bits))
         self.bits = bits
         if inputs is not None:
-            step, zero_point = search_input_grid(inputs, input_bits)
-            self.input_step.copy_(step)
-            self.input_zero_point.copy_(zero_point)
-            self.input_bits = input_bits
+            self.quantize_input_(inputs, input_bits)
 
     def quantized_weight(self, channels: slice = _ALL) -> torch.Tensor:
         """The weights the convolution uses, shape ``(out, in, h, w)``, or those of some output channels."""
@@ -80,10 +124,7 @@ class QuantConv2d(nn.Conv2d):
 
     def quantized_input(self, x: torch.Tensor, scale: torch.Tensor | float = 1.0) -> torch.Tensor:
         """The values that the convolution sees of its input, if its step were ``scale`` times what it is."""
-        x = self.prepare(x)
-        if not self.input_bits:
-            return x
-        return fake_quantize(x, self.input_step * scale, self.input_zero_point, *input_range(self.input_bits))
+        return super().quantized_input(self.prepare(x), scale)
 
     def learned_steps(self) -> list[torch.Tensor]:
         """The steps that fine-tuning learns beside the weights (LSQ, arXiv 1902.08153)."""
@@ -105,8 +146,9 @@ class QuantConv2d(nn.Conv2d):
     @torch.no_grad()
     def dequantize_(self) -> None:
         """Keep the quantized weights and compute in floating point from now on."""
+        super().dequantize_()
         self.weight.copy_(self.quantized_weight())
-        self.bits = self.input_bits = 0
+        self.bits = 0
 
     def set_weight_(self, weight: torch.Tensor) -> None:
         """Replace the weights and, if they are quantized, their steps."""
@@ -114,21 +156,34 @@ class QuantConv2d(nn.Conv2d):
         if self.bits:
             self.weight_step.copy_(search_weight_step(self.weight, self.bits))
 
-    def get_extra_state(self) -> dict[str, int]:
-        """Bit-widths for the state dict."""
-        return {"bits": self.bits, "input_bits": self.input_bits}
 
-    def set_extra_state(self, state: dict[str, Any]) -> None:
-        """Restore the bit-widths."""
-        for name, bits in state.items():
-            if name not in {"bits", "input_bits"} or bits not in {0, *BITS}:
-                msg = f"the state dict says {name}={bits!r}; allowed are bits and input_bits of 0 (off) or {BITS}"
-                raise ValueError(msg)
-            setattr(self, name, bits)
+class QuantAvgPool2d(_QuantizedInput, nn.AvgPool2d):
+    """An average pooling whose input is fake-quantized once :meth:`quantize_input_` has been called.
 
-    def extra_repr(self) -> str:
-        """Show the bit-widths."""
-        return f"{super().extra_repr()}, bits={self.bits}, input_bits={self.input_bits}"
+    An integer kernel then reads and writes single bytes where the feature maps are largest. In training mode the input
+    stays as it is: the quantizer behind the pooling loses more, and a step of stage 3 would take half as long again.
+    """
+
+    @classmethod
+    def from_pool(cls, pool: nn.AvgPool2d) -> "QuantAvgPool2d":
+        """Take over the settings of a pooling."""
+        layer = cls(pool.kernel_size, pool.stride, pool.padding, pool.ceil_mode, pool.count_include_pad)
+        layer.add_input_grid_()
+        return layer
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Pool what :meth:`quantized_input` leaves."""
+        return self.pool(x if self.training else self.quantized_input(x))
+
+    def pool(self, x: torch.Tensor) -> torch.Tensor:
+        """The pooling itself."""
+        return super().forward(x)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:  # noqa: ANN401
+        """Checkpoints of format 1 know of no grid here: theirs is off."""
+        fresh = self.from_pool(self).state_dict(prefix=prefix)
+        state_dict.update({name: value for name, value in fresh.items() if name not in state_dict})
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
 
 
 def learned_steps(network: nn.Module) -> list[torch.Tensor]:
@@ -137,16 +192,25 @@ def learned_steps(network: nn.Module) -> list[torch.Tensor]:
 
 
 def make_quantizable_(network: nn.Module) -> nn.Module:
-    """Replace every convolution of a network by a :class:`QuantConv2d`, in place."""
+    """Replace a network's convolutions and average poolings by those that can be quantized, in place."""
     for parent in list(network.modules()):
         for name, child in parent.named_children():
             if type(child) is nn.Conv2d:
                 setattr(parent, name, QuantConv2d.from_conv(child))
+            elif type(child) is nn.AvgPool2d:
+                setattr(parent, name, QuantAvgPool2d.from_pool(child))
     return network
 
 
+def dequantize_(network: nn.Module) -> None:
+    """Let a network compute in floating point from now on, with the weights as quantization left them."""
+    for module in network.modules():
+        if isinstance(module, _QuantizedInput):
+            module.dequantize_()
+
+
 @contextmanager
-def computing_by(replacements: Mapping[QuantConv2d, Callable[..., torch.Tensor]]) -> Iterator[None]:
+def computing_by(replacements: Mapping[nn.Module, Callable[..., torch.Tensor]]) -> Iterator[None]:
     """Let each layer compute by another function while the context is open."""
     for layer, function in replacements.items():
         vars(layer)["forward"] = function
@@ -160,3 +224,8 @@ def computing_by(replacements: Mapping[QuantConv2d, Callable[..., torch.Tensor]]
 def quantizable_layers(network: nn.Module) -> dict[str, QuantConv2d]:
     """The quantizable convolutions of a network by name, in order of definition."""
     return {name: module for name, module in network.named_modules() if isinstance(module, QuantConv2d)}
+
+
+def quantizable_poolings(network: nn.Module) -> dict[str, QuantAvgPool2d]:
+    """The quantizable poolings of a network by name."""
+    return {name: module for name, module in network.named_modules() if isinstance(module, QuantAvgPool2d)}

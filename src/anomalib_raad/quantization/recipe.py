@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from .layers import QuantConv2d, quantizable_layers
+from .layers import quantizable_layers, quantizable_poolings
 from .quantizers import BITS, check_bits
 from .reconstruction import BlockReport, Reconstruction, reconstruct_
 from .scoring import allot_bits, allot_by_budget, layer_scores
@@ -27,6 +27,7 @@ _WINDOW = 64  # side of the image windows for reconstruction: PDN-S turns one in
 _WINDOW_GRID = 4  # windows start where the feature maps of the whole image have a cell
 _WINDOWS_PER_IMAGE = 8
 _SAMPLES_PER_IMAGE = 4096  # activations kept of each layer and image for the search of its grid
+_POOLING_BITS = 8  # of what enters a pooling: its mean is rounded once more, to the bits of the next layer's input
 _SENSITIVITY_BATCHES = 4  # batches of held-out images; each is run once for every layer and bit-width
 
 
@@ -172,11 +173,16 @@ def quantize_(
         for network in plan
         for name, layer in quantizable_layers(getattr(model, network)).items()
     }
+    poolings = {
+        (network, name): pooling
+        for network in plan
+        for name, pooling in quantizable_poolings(getattr(model, network)).items()
+    }
     reconstructed = ("teacher", "student") if reconstruction.iterations else ()
     float_blocks = {name: deepcopy(model.blocks(getattr(model, name))) for name in reconstructed}
 
     windows = []
-    with _recorded_inputs(layers) as recorded:
+    with _recorded_inputs({**layers, **poolings}) as recorded:
         for images in calibration_images:
             model(images)
             if reconstructed:
@@ -190,6 +196,8 @@ def quantize_(
     for name, reference in float_blocks.items():
         blocks = model.blocks(getattr(model, name))
         reports += reconstruct_(name, blocks, reference, torch.cat(windows), reconstruction, generator)
+    for place, pooling in poolings.items():  # after reconstruction, which they would only slow down
+        pooling.quantize_input_(inputs[place], _POOLING_BITS)
     sqnr_db = {
         ".".join(place): _sqnr_db(weight, layer.quantized_weight())
         for (place, layer), weight in zip(layers.items(), unrounded, strict=True)
@@ -250,12 +258,12 @@ def _random_windows(images: torch.Tensor, generator: torch.Generator) -> torch.T
 
 
 @contextmanager
-def _recorded_inputs(layers: Mapping[K, QuantConv2d]) -> Iterator[dict[K, list[torch.Tensor]]]:
+def _recorded_inputs(layers: Mapping[K, nn.Module]) -> Iterator[dict[K, list[torch.Tensor]]]:
     """Collect evenly spaced values of what enters each layer while the context is open."""
     inputs: dict[K, list[torch.Tensor]] = {place: [] for place in layers}
     places = {layer: place for place, layer in layers.items()}
 
-    def record(layer: QuantConv2d, arguments: tuple[torch.Tensor, ...]) -> None:
+    def record(layer: nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
         values = arguments[0].detach().float().flatten()
         # An odd stride does not fall into step with rows and channels, whose lengths are mostly even.
         stride = values.numel() // (_SAMPLES_PER_IMAGE * len(arguments[0])) | 1

@@ -3,8 +3,8 @@
     python -m anomalib_raad.benchmarks.parity --ckpt_path model.ckpt --data anomalib.data.Folder --data.name parts ... \
         --output parity.json
 
-Every test image is resized as in training to every size and inferred in batches, in torch and in every exported form.
-OpenVINO computes with the precision hint ``f32``, ONNX in onnxruntime.
+Every test image is resized as in training to every size and inferred in batches, in torch and in every exported form:
+ONNX in onnxruntime, OpenVINO with the precision hint ``f32`` and once with the precision that it chooses by itself.
 """
 
 import json
@@ -77,10 +77,12 @@ def compare(model: Raad, images: torch.Tensor, batches: Sequence[int]) -> list[d
     """
     rows = []
     with TemporaryDirectory() as folder:
+        packed = model.to_openvino(folder, "packed")
         forms = {
             "onnx": _onnx(model.to_onnx(Path(folder))),
-            "openvino": _openvino(model.to_openvino(folder, "packed")),
-            "openvino, unpacked": _openvino(model.to_openvino(folder, "unpacked", packed=False)),
+            "openvino": _openvino(packed, "f32"),
+            "openvino, unpacked": _openvino(model.to_openvino(folder, "unpacked", packed=False), "f32"),
+            "openvino, its own precision": _openvino(packed),
         }
         for batch in batches:
             chunks = images.split(batch)
@@ -110,8 +112,9 @@ def _onnx(path: Path) -> Inference:
     return lambda images: dict(zip(names, session.run(None, {session.get_inputs()[0].name: images}), strict=True))
 
 
-def _openvino(path: Path) -> Inference:
-    model = openvino.Core().compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+def _openvino(path: Path, precision: str | None = None) -> Inference:
+    config = {"INFERENCE_PRECISION_HINT": precision} if precision else {}
+    model = openvino.Core().compile_model(path, "CPU", config)
     return lambda images: {output.get_any_name(): value for output, value in model(images).items()}
 
 

@@ -4,7 +4,7 @@ from anomalib.models.image.efficient_ad.torch_model import EfficientAdModel, Eff
 from torch import nn
 
 from anomalib_raad import RaadModel
-from anomalib_raad.quantization.layers import quantizable_layers
+from anomalib_raad.quantization.layers import quantizable_layers, quantizable_poolings
 from anomalib_raad.quantization.recipe import Allocation, quantize_
 from anomalib_raad.torch_model import ImageConv2d, augment
 
@@ -181,6 +181,22 @@ def test_quantized_state_loads_into_a_fresh_model(size: str) -> None:
         assert torch.equal(fresh(images[0]).anomaly_map, model(images[0]).anomaly_map)
     inner = [layer.bits for layer in quantizable_layers(fresh.student).values()]
     assert inner == [8, *[3] * (len(inner) - 2), 8]
+
+
+def test_poolings_are_quantized_outside_training_only() -> None:
+    model, image = RaadModel().eval(), torch.rand(1, 3, 64, 64)
+    quantize_(model, [image], [image], Allocation(bits=8))
+
+    def features() -> list[torch.Tensor]:
+        return [model.teacher_features(image), model.student_features(image)]
+
+    with torch.no_grad():
+        rounded, trained = features(), (model.train(), features())[1]
+        for pooling in quantizable_poolings(model).values():
+            pooling.dequantize_()
+        for evaluated, expected, found in zip(rounded, features(), trained, strict=True):
+            assert torch.equal(found, expected)
+            assert not torch.equal(evaluated, expected)
 
 
 def test_augment_changes_one_property_of_each_image_within_its_range() -> None:

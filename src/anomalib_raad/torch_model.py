@@ -18,7 +18,7 @@ from torch.nn import functional as F  # noqa: N812
 from torchvision.transforms.v2 import functional as TF  # noqa: N812
 
 from .losses import hard_feature_loss, squared_difference
-from .quantization.layers import QuantConv2d, make_quantizable_, quantizable_layers
+from .quantization.layers import QuantConv2d, make_quantizable_, quantizable_layers, quantizable_poolings
 from .statistics import channel_mean_std
 
 PDN_CLASSES = {
@@ -116,9 +116,11 @@ class RaadModel(nn.Module):
         return any(layer.bits for layer in quantizable_layers(self).values())
 
     def train(self, mode: bool = True) -> "RaadModel":
-        """Set the mode of student and autoencoder; the teacher stays in evaluation mode."""
+        """Set the mode of student and autoencoder; the teacher stays in evaluation mode but for its poolings."""
         super().train(mode)
         self.teacher.eval()
+        for pooling in quantizable_poolings(self.teacher).values():
+            pooling.train(mode)
         return self
 
     def forward(

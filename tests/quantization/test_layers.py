@@ -38,7 +38,9 @@ def test_quantized_layer_equals_integer_convolution(conv: nn.Conv2d, bits: int) 
     w_int = (layer.weight / layer.weight_step).round().clamp(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1).double()
     accumulated = F.conv2d(x_int, w_int, padding=1, stride=2)
     expected = accumulated * layer.input_step * layer.weight_step.view(1, -1, 1, 1) + layer.bias.view(1, -1, 1, 1)
-    torch.testing.assert_close(layer(x).double(), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(layer(x).double(), expected, rtol=1e-5, atol=1e-5)  # in training
+    torch.testing.assert_close(layer.eval()(x).double(), expected, rtol=2e-7, atol=1e-7)
+    assert torch.equal(layer(x, slice(1, 3)), layer(x)[:, 1:3])
     for channel in layer.quantized_weight().detach():
         assert len(channel.unique()) <= 2**bits
 

@@ -47,6 +47,18 @@ def fake_quantize(
     return cast("torch.Tensor", _StraightThrough.apply(x, step, zero_point, low, high))
 
 
+def grid_points(
+    x: torch.Tensor,
+    step: torch.Tensor,
+    zero_point: torch.Tensor | int,
+    low: int,
+    high: int,
+) -> torch.Tensor:
+    """What :func:`fake_quantize` returns, in steps: integers in the precision of ``x``, without a gradient."""
+    position = (x.detach().float() / step).add_(zero_point)
+    return position.clamp_(low, high).round_().sub_(zero_point).to(x.dtype)
+
+
 class _StraightThrough(torch.autograd.Function):
     """:func:`fake_quantize` in few passes over memory: a fine-tuning step spends its extra time on them."""
 

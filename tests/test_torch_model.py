@@ -184,8 +184,9 @@ def test_quantized_state_loads_into_a_fresh_model(size: str) -> None:
 
 
 def test_poolings_are_quantized_outside_training_only() -> None:
-    model, image = RaadModel().eval(), torch.rand(1, 3, 64, 64)
-    quantize_(model, [image], [image], Allocation(bits=8))
+    model, image = RaadModel(), torch.rand(1, 3, 64, 64)
+    assert all(pooling.training for pooling in quantizable_poolings(model).values())  # as after train()
+    quantize_(model.eval(), [image], [image], Allocation(bits=8))
 
     def features() -> list[torch.Tensor]:
         return [model.teacher_features(image), model.student_features(image)]

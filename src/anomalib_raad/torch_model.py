@@ -88,7 +88,7 @@ class RaadModel(nn.Module):
             msg = f"p_hard is {p_hard}; a quantile in [0, 1) is needed"
             raise ValueError(msg)
         pdn = PDN_CLASSES[EfficientAdModelSize(model_size)]
-        self.teacher = make_quantizable_(pdn(out_channels, padding)).requires_grad_(requires_grad=False).eval()
+        self.teacher = make_quantizable_(pdn(out_channels, padding)).requires_grad_(requires_grad=False)
         self.student = make_quantizable_(pdn(2 * out_channels, padding))
         self.ae = make_quantizable_(AutoEncoder(out_channels, padding))
         for network in (self.teacher, self.student, self.ae):
@@ -104,6 +104,7 @@ class RaadModel(nn.Module):
         self.register_buffer("map_quantiles", torch.tensor([[0.0, 0.1], [0.0, 0.1]]))
         self.register_buffer("teacher_loaded", torch.tensor(False))  # noqa: FBT003
         self.register_buffer("teacher_normalized", torch.tensor(False))  # noqa: FBT003
+        self.train()
 
     @property
     def blind_edge(self) -> int:

@@ -14,7 +14,7 @@ $(INSTALLED): pyproject.toml src/anomalib_raad.pth
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	touch $@
 
-demo: $(INSTALLED) ## Train, quantize, fine-tune and test on real solar cells (about 10 minutes on two cores)
+demo: $(INSTALLED) ## Train, quantize, fine-tune and test on real solar cells (10 to 16 minutes on two cores)
 	$(BIN)/python -m anomalib_raad.demo
 
 test: $(INSTALLED) lint type-check ## Check the code and run the tests

@@ -54,7 +54,7 @@ class _IntegerConvolution:
     @torch.no_grad()
     def __init__(self, layer: QuantConv2d) -> None:
         self.layer = layer
-        self.integers = (layer.quantized_weight() / layer.weight_step).round().to(torch.int8)
+        self.integers = layer.integer_weight().to(torch.int8)
         self.weight_step = layer.weight_step.clone()
         self.grid = _Grid(layer) if layer.input_bits else None
 

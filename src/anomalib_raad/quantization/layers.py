@@ -123,6 +123,10 @@ class QuantConv2d(_QuantizedInput, nn.Conv2d):
             return self.weight[channels]
         return fake_quantize(self.weight[channels], self.weight_step[channels], 0, *weight_range(self.bits))
 
+    def integer_weight(self, channels: slice = _ALL) -> torch.Tensor:
+        """The quantized weights in steps, without a gradient, shape ``(out, in, h, w)``."""
+        return grid_points(self.weight[channels], self.weight_step[channels], 0, *weight_range(self.bits))
+
     def quantized_input(self, x: torch.Tensor, scale: torch.Tensor | float = 1.0) -> torch.Tensor:
         """The values that the convolution sees of its input, if its step were ``scale`` times what it is."""
         return super().quantized_input(self.prepare(x), scale)
@@ -146,8 +150,7 @@ class QuantConv2d(_QuantizedInput, nn.Conv2d):
         """As an integer kernel does it: sums of integers are exact up to 2^24, those of their multiples are not."""
         step = self.weight_step[channels]
         inputs = grid_points(self.prepare(x), self.input_step, self.input_zero_point, *input_range(self.input_bits))
-        weight = grid_points(self.weight[channels], step, 0, *weight_range(self.bits))
-        sums = self.convolve(inputs, weight, None)
+        sums = self.convolve(inputs, self.integer_weight(channels), None)
         output = sums * (self.input_step * step).view(1, -1, 1, 1)
         if self.bias is not None:
             output = output + self.bias[channels].view(1, -1, 1, 1)

@@ -42,6 +42,7 @@ from .figures import StageVisualizer, log_figures
 from .initialization import AUTOENCODER_STEPS, start_in_closed_form_
 from .post_processing import RaadPostProcessor
 from .pre_processing import RaadPreProcessor
+from .precision import warn_of_slow_precision
 from .quantization.layers import dequantize_, learned_steps, quantizable_layers
 from .quantization.recipe import DEFAULT_THRESHOLDS, Allocation, Outcome, aligned_weights, model_bytes, quantize_
 from .quantization.reconstruction import Reconstruction
@@ -53,7 +54,7 @@ from .torch_model import MAX_IMAGE_SIZE, MIN_IMAGE_SIZE, RaadModel
 
 logger = logging.getLogger(__name__)
 
-_FORMAT = 2  # of checkpoints; raised when an older version can no longer read them
+_FORMAT = 3  # of checkpoints; raised when an older version can no longer read them
 _UNLIMITED_EPOCHS = {None, -1, 1000}  # Lightning's max_epochs when the user has set none (1000), or no limit (-1)
 _NEEDS: dict[str, tuple[Callable[[Any], bool], tuple[str, ...]]] = {
     "a positive number up to 1": (lambda x: 0 < x <= 1, ("lr", "finetune_lr")),
@@ -222,6 +223,7 @@ class Raad(AnomalibModule):
         if number < 2:
             msg = f"the training set has {number} image(s); Raad needs one to train on and one to hold out, better 20"
             raise ValueError(msg)
+        warn_of_slow_precision(self.trainer)
         self._check_images()
         self._check_pre_processor()
         if self.hparams["penalty_dir"] is not None:

@@ -24,6 +24,7 @@ from jsonargparse import auto_cli
 from lightning.pytorch import seed_everything
 
 from anomalib_raad import Raad
+from anomalib_raad.precision import fastest_precision
 
 from .scores import SquashingPostProcessor
 from .tables import markdown
@@ -67,7 +68,7 @@ def measure(
     steps: int,
     seeds: Sequence[int] = (0,),
     rows: Sequence[str] = tuple(ROWS),
-    precision: str = "bf16-mixed",
+    precision: str | None = None,
     calibration_images: int = 128,
     every: int = 1,
     results: Path = RESULTS,
@@ -79,7 +80,7 @@ def measure(
         steps: Optimizer steps of each row.
         seeds: Seeds of weights and order.
         rows: Names of the rows, see :data:`ROWS`; ``uniform 8`` comes first in any case.
-        precision: Lightning's precision.
+        precision: Lightning's precision; by default the fastest of this processor.
         calibration_images: Raad's option of that name.
         every: Test on every so-manieth test image only.
         results: Folder for the cells and their checkpoints.
@@ -104,7 +105,7 @@ def measure(
             model = Raad(visualizer=False, evaluator=evaluator, post_processor=post_processor, **options)
             engine = Engine(
                 max_steps=steps,
-                precision=precision,
+                precision=precision or fastest_precision(),
                 accelerator="cpu",
                 logger=False,
                 default_root_dir=_folder(path),

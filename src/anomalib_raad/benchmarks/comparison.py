@@ -38,6 +38,7 @@ from torchvision.transforms.v2 import Compose, Normalize, Resize
 from tqdm import tqdm
 
 from anomalib_raad.metrics import AUsPRO
+from anomalib_raad.precision import fastest_precision
 from anomalib_raad.quantization.recipe import average_bits, model_bytes
 from anomalib_raad.teacher.features import OFFLINE_BACKBONE, OFFLINE_STATISTICS, OFFLINE_TIMM_NAME, create_backbone
 
@@ -95,7 +96,8 @@ def compare(
             report compares the first one with each of the others.
         data: For each name ``class_path`` and ``init_args`` of a datamodule; ``apart: true`` keeps it out of the means.
         seeds: Seeds of weights and order.
-        trainer: Lightning's options for all models, for instance ``max_steps`` and ``precision``.
+        trainer: Lightning's options for all models, for instance ``max_steps``. On a processor, ``precision`` is by
+            default its fastest.
         results: Folder for the cells; receives ``comparison.html``, ``.md``, ``.csv`` and ``.png``.
         check: Only say what is missing on this machine.
         ray: Address of a Ray cluster, on whose machines the cells run side by side, a GPU for each where there are any;
@@ -117,8 +119,9 @@ def compare(
         return len(missing)
     results.mkdir(parents=True, exist_ok=True)
     tasks = {}
+    precision = {"precision": fastest_precision()} if (trainer or {}).get("accelerator") == "cpu" else {}
     for cell in left:
-        limits = (trainer or {}) | models[cell.model].get("trainer", {})
+        limits = precision | (trainer or {}) | models[cell.model].get("trainer", {})
         folder = results.resolve() / "runs" / str(cell)
         tasks[cell] = (models[cell.model], data[cell.data], cell.seed, limits, folder)
     failed = 0

@@ -30,6 +30,7 @@ from lightning.pytorch.callbacks import Callback
 
 from anomalib_raad import Raad
 from anomalib_raad.initialization import AUTOENCODER_STEPS
+from anomalib_raad.precision import fastest_precision
 
 from .scores import SquashingPostProcessor
 from .testing import ranking_metrics, set_up_
@@ -107,7 +108,7 @@ def measure(
     steps: Sequence[int],
     name: str,
     seeds: Sequence[int] = (0,),
-    precision: str = "bf16-mixed",
+    precision: str | None = None,
     every: int = 1,
     results: Path = RESULTS,
 ) -> None:
@@ -119,7 +120,7 @@ def measure(
         steps: Numbers of optimizer steps after which the model is tested.
         name: Name of the curve.
         seeds: Seeds of weights and order.
-        precision: Lightning's precision.
+        precision: Lightning's precision; by default the fastest of this processor.
         every: Test on every so-manieth test image only.
         results: Folder for the curves.
     """
@@ -139,7 +140,7 @@ def measure(
             raise TypeError(msg)
         engine = Engine(
             max_steps=last + 1,
-            precision=precision,
+            precision=precision or fastest_precision(),
             callbacks=[curve, ModelCheckpoint(save_top_k=0)],  # without one, anomalib adds one that saves
             limit_val_batches=0,
             logger=False,

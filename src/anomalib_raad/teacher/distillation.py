@@ -23,6 +23,7 @@ from torch.nn import functional as F  # noqa: N812
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
+from anomalib_raad.precision import warn_of_slow_precision
 from anomalib_raad.statistics import channel_mean_std
 from anomalib_raad.torch_model import LOST_CELLS, PDN_CLASSES, STRIDE
 
@@ -195,6 +196,7 @@ class Distillation(LightningModule):
 
     def on_fit_start(self) -> None:
         """Compute the features' channel statistics once; a resumed run finds them in the checkpoint."""
+        warn_of_slow_precision(self.trainer)
         if self.feature_std.any():
             return
         loader = self.trainer.datamodule.train_dataloader()

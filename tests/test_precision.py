@@ -1,0 +1,41 @@
+import logging
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from anomalib_raad import precision
+
+CPUINFO = Path("/proc/cpuinfo")
+
+
+def trainer(kind: str, device: str = "cpu") -> SimpleNamespace:
+    return SimpleNamespace(precision=kind, strategy=SimpleNamespace(root_device=torch.device(device)))
+
+
+@pytest.fixture(params=[True, False], ids=["bfloat16", "without"])
+def bfloat16(request, monkeypatch) -> bool:
+    monkeypatch.setattr(precision, "has_bfloat16", lambda: request.param)
+    return request.param
+
+
+@pytest.mark.skipif(not CPUINFO.exists(), reason="asks Linux")
+def test_has_bfloat16() -> None:
+    flags = next(line.split() for line in CPUINFO.read_text().splitlines() if line.startswith(("flags", "Features")))
+    assert precision.has_bfloat16() == any(flag in flags for flag in ("avx512_bf16", "amx_bf16", "bf16"))
+
+
+def test_fastest_precision(bfloat16: bool) -> None:
+    assert precision.fastest_precision() == ("bf16-mixed" if bfloat16 else "32-true")
+
+
+@pytest.mark.parametrize(
+    ("kind", "device", "slow"),
+    [("bf16-mixed", "cpu", True), ("bf16-true", "cpu", True), ("32-true", "cpu", False), ("bf16-mixed", "meta", False)],
+)
+def test_warn_of_slow_precision(bfloat16: bool, kind: str, device: str, slow: bool, caplog) -> None:
+    with caplog.at_level(logging.WARNING):
+        precision.warn_of_slow_precision(trainer(kind, device))
+    warned = f"no bfloat16 instructions: {kind} takes" in caplog.text
+    assert warned == (slow and not bfloat16)

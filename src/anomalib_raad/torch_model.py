@@ -269,7 +269,7 @@ def describe(
     ]  # after the first two convolutions of either size
     x = image
     for depth, layer in enumerate(inner):
-        x = F.relu(layer(x))
+        x = F.relu(layer(x), inplace=True)
         if taps is not None:
             taps.append(x)
         if depth < len(pools):

@@ -34,6 +34,15 @@ def test_fake_quantize_equals_integer_arithmetic(bits: int) -> None:
     assert len(np.unique(actual)) <= 2**bits
 
 
+def test_two_products_fit_16_bits_signed() -> None:
+    """What integer kernels without VNNI need to be exact, at each bit-width."""
+    assert [weight_range(bits) for bits in BITS] == [(-2, 1), (-4, 3), (-8, 7), (-64, 63)]
+    assert weight_range(8, full=True) == (-128, 127)
+    _, largest_input = input_range(8)
+    assert all(2 * largest_input * -weight_range(bits)[0] < 2**15 for bits in BITS)
+    assert 2 * largest_input * 65 >= 2**15
+
+
 def test_gradient_passes_rounding_and_stops_at_clipping() -> None:
     x = torch.tensor([-9.0, -1.2, 0.3, 1.4, 9.0], requires_grad=True)
     fake_quantize(x, torch.tensor(1.0), 0, -2, 1).sum().backward()

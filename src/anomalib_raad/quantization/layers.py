@@ -79,6 +79,7 @@ class QuantConv2d(_QuantizedInput, nn.Conv2d):
     """
 
     bit_widths = ("bits", "input_bits")
+    full_range = False  # of 8-bit weights; in checkpoints up to format 2 it was used
     weight_step: torch.Tensor
 
     @classmethod
@@ -112,20 +113,25 @@ class QuantConv2d(_QuantizedInput, nn.Conv2d):
         input_bits = bits if input_bits is None else input_bits
         for width in (bits, input_bits):
             check_bits("the bit-width of a layer", width)
-        self.weight_step.copy_(search_weight_step(self.weight, bits))
         self.bits = bits
+        self._choose_weight_step_()
         if inputs is not None:
             self.quantize_input_(inputs, input_bits)
+
+    @property
+    def weight_range(self) -> tuple[int, int]:
+        """Smallest and largest integer of a quantized weight."""
+        return weight_range(self.bits, self.full_range)
 
     def quantized_weight(self, channels: slice = _ALL) -> torch.Tensor:
         """The weights the convolution uses, shape ``(out, in, h, w)``, or those of some output channels."""
         if not self.bits:
             return self.weight[channels]
-        return fake_quantize(self.weight[channels], self.weight_step[channels], 0, *weight_range(self.bits))
+        return fake_quantize(self.weight[channels], self.weight_step[channels], 0, *self.weight_range)
 
     def integer_weight(self, channels: slice = _ALL) -> torch.Tensor:
         """The quantized weights in steps, without a gradient, shape ``(out, in, h, w)``."""
-        return grid_points(self.weight[channels], self.weight_step[channels], 0, *weight_range(self.bits))
+        return grid_points(self.weight[channels], self.weight_step[channels], 0, *self.weight_range)
 
     def quantized_input(self, x: torch.Tensor, scale: torch.Tensor | float = 1.0) -> torch.Tensor:
         """The values that the convolution sees of its input, if its step were ``scale`` times what it is."""
@@ -151,10 +157,8 @@ class QuantConv2d(_QuantizedInput, nn.Conv2d):
         step = self.weight_step[channels]
         inputs = grid_points(self.prepare(x), self.input_step, self.input_zero_point, *input_range(self.input_bits))
         sums = self.convolve(inputs, self.integer_weight(channels), None)
-        output = sums * (self.input_step * step).view(1, -1, 1, 1)
-        if self.bias is not None:
-            output = output + self.bias[channels].view(1, -1, 1, 1)
-        return output.to(sums.dtype)
+        output = sums.mul_((self.input_step * step).view(1, -1, 1, 1))
+        return output if self.bias is None else output.add_(self.bias[channels].view(1, -1, 1, 1))
 
     def convolve(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """The convolution itself, of what :meth:`forward` has quantized."""
@@ -171,7 +175,20 @@ class QuantConv2d(_QuantizedInput, nn.Conv2d):
         """Replace the weights and, if they are quantized, their steps."""
         self.weight.copy_(weight)
         if self.bits:
-            self.weight_step.copy_(search_weight_step(self.weight, self.bits))
+            self._choose_weight_step_()
+
+    def _choose_weight_step_(self) -> None:
+        self.weight_step.copy_(search_weight_step(self.weight, self.bits))
+        self.full_range = False
+
+    def get_extra_state(self) -> dict[str, int]:
+        """Bit-widths and range for the state dict."""
+        return {**super().get_extra_state(), "full_range": self.full_range}
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        """Restore bit-widths and range."""
+        self.full_range = bool(state.get("full_range", True))
+        super().set_extra_state({name: bits for name, bits in state.items() if name != "full_range"})
 
 
 class QuantAvgPool2d(_QuantizedInput, nn.AvgPool2d):

@@ -7,6 +7,7 @@ import torch
 BITS = (2, 3, 4, 8)
 """Bit-widths of RAAD (paper, section 3.3)."""
 
+_SAFE_SIZE = 128  # integers of an 8-bit weight: 255 * (64 + 64) is the largest multiple of it that 16 bits hold
 # Shrunken versions of a tensor's range that the searches try, largest first: clipping a few outliers often costs less
 # than a coarse step. BRECQ tries 80 as well.
 _SHRINKS = torch.linspace(1.0, 0.21, 80).tolist()
@@ -44,7 +45,9 @@ def fake_quantize(
         Tensor of the shape and precision of ``x``. It is rounded in float32: 16-bit floats cannot hold the quotient
         closely enough.
     """
-    return cast("torch.Tensor", _StraightThrough.apply(x, step, zero_point, low, high))
+    if torch.is_grad_enabled() and (x.requires_grad or step.requires_grad):
+        return cast("torch.Tensor", _StraightThrough.apply(x, step, zero_point, low, high))
+    return grid_points(x, step, zero_point, low, high).mul_(step)
 
 
 def grid_points(
@@ -55,7 +58,8 @@ def grid_points(
     high: int,
 ) -> torch.Tensor:
     """What :func:`fake_quantize` returns, in steps: integers in the precision of ``x``, without a gradient."""
-    position = (x.detach().float() / step).add_(zero_point)
+    # In place: the largest maps take more than 32 MB, and memory of that size comes from the kernel, page by page.
+    position = x.detach().to(torch.float32, copy=True).div_(step.detach()).add_(zero_point)
     return position.clamp_(low, high).round_().sub_(zero_point).to(x.dtype)
 
 
@@ -73,10 +77,10 @@ class _StraightThrough(torch.autograd.Function):
     ) -> torch.Tensor:
         position = (x.float() / step).add_(zero_point)
         clipped = position.clamp(low, high)
-        inside = clipped == position if any(ctx.needs_input_grad) else None
+        inside = clipped == position
         rounded = clipped.round_().sub_(zero_point)
         saved = [inside]
-        if inside is not None and ctx.needs_input_grad[1]:
+        if ctx.needs_input_grad[1]:
             # d(rounded * step) / d step, where x, and so x / step, passes straight through the rounding
             saved.append(rounded - inside * position.sub_(zero_point))
             ctx.step_shape = step.shape
@@ -90,9 +94,18 @@ class _StraightThrough(torch.autograd.Function):
         return gradient * inside, step_gradient, None, None, None
 
 
-def weight_range(bits: int) -> tuple[int, int]:
-    """Smallest and largest integer of a signed ``bits``-bit weight."""
-    return -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+def weight_range(bits: int, full: bool = False) -> tuple[int, int]:
+    """Smallest and largest integer of a signed ``bits``-bit weight.
+
+    Of 8 bits a weight uses -64 to 63. Integer kernels for processors without VNNI add the products of two weights with
+    two inputs, up to 255 each, in 16 bits and cut the sum off at 32,767: results would depend on the processor.
+
+    Args:
+        bits: Bit-width.
+        full: Use all of 8 bits.
+    """
+    size = 2**bits if full or bits < 8 else _SAFE_SIZE
+    return -size // 2, size // 2 - 1
 
 
 def input_range(bits: int) -> tuple[int, int]:

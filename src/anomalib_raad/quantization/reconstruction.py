@@ -21,7 +21,6 @@ from torch import nn
 from tqdm import trange
 
 from .layers import QuantConv2d, computing_by, quantizable_layers
-from .quantizers import weight_range
 
 _STRETCH_LOW, _STRETCH_HIGH = -0.1, 1.1
 _WARM_UP = 0.2  # share of the iterations before the regulariser sets in
@@ -78,7 +77,7 @@ class _Learner:
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         layer = self.layer
-        weight = (self.floor + self.h()).clamp(*weight_range(layer.bits)) * layer.weight_step
+        weight = (self.floor + self.h()).clamp(*layer.weight_range) * layer.weight_step
         return layer.convolve(layer.quantized_input(x, self.log_step.exp()), weight, layer.bias)
 
     @torch.no_grad()
@@ -86,7 +85,7 @@ class _Learner:
         """Write the decision into the layer: its weights are points of its grid from now on."""
         layer = self.layer
         up = (self.h() >= 0.5).to(self.floor)  # rounding up or down
-        layer.weight.copy_((self.floor + up).clamp(*weight_range(layer.bits)) * layer.weight_step)
+        layer.weight.copy_((self.floor + up).clamp(*layer.weight_range) * layer.weight_step)
         layer.input_step.mul_(self.log_step.exp())
 
 

@@ -59,11 +59,14 @@ def main(
             "OpenVINO": partial(OpenVINOInferencer, model.to_openvino(folder)),
             "torch": partial(TorchInferencer, model.to_torch(folder), "cpu"),
         }
-        figures = {name: infer(make, paths, inferences, threads) for name, make in makers.items()}
-        figures["training"] = train(images, steps, Path(folder))
-    Console().print(figures)
-    if output:
-        output.write_text(json.dumps(figures, indent=1))
+        parts = {name: partial(infer, make, paths, inferences, threads) for name, make in makers.items()}
+        parts["training"] = partial(train, images, steps, Path(folder))
+        figures = {}
+        for name, part in parts.items():
+            figures[name] = part()
+            Console().print({name: figures[name]})
+            if output:  # each part takes long, what follows may be interrupted
+                output.write_text(json.dumps(figures, indent=1))
 
 
 def infer(make: Callable[[], Any], paths: Sequence[Path], inferences: int, threads: int) -> dict[str, float]:

@@ -17,8 +17,8 @@ $(INSTALLED): pyproject.toml src/anomalib_raad.pth
 demo: $(INSTALLED) ## Train, quantize, fine-tune and test on real solar cells (10 to 16 minutes on two cores)
 	$(BIN)/python -m anomalib_raad.demo
 
-test: $(INSTALLED) lint type-check ## Check the code and run the tests
-	$(BIN)/python -m pytest
+test: $(INSTALLED) lint type-check ## Check the code and run the tests, two files at a time
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 faults: $(INSTALLED) ## Kill training 20 times and resume it, try many settings (half an hour on two cores)
 	FAULT_ROUNDS=5 $(BIN)/python -m pytest -o timeout=0 tests/faults

@@ -18,6 +18,7 @@ from anomalib_raad.quantization.quantizers import weight_range
 from anomalib_raad.teacher.weights import load_teacher_
 
 SMALL = (64, 64)
+QUICK = {"reconstruction_iterations": 0, "closed_form_start": False, "restore_student": False, "visualizer": False}
 
 
 @pytest.fixture(scope="session")
@@ -82,13 +83,11 @@ def finished_run(cells: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def small_raad():
-    """Makes models that see images at 64x64."""
+    """Makes models that see images at 64x64, without what takes most of a run of a few steps."""
 
     def make(**options) -> Raad:
         options.setdefault("pre_processor", Raad.configure_pre_processor(SMALL))
-        options.setdefault("reconstruction_iterations", 2)
-        options.setdefault("visualizer", False)
-        return Raad(**options)
+        return Raad(**(QUICK | options))
 
     return make
 

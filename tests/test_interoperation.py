@@ -72,7 +72,7 @@ def kolektor(root: Path) -> Kolektor:
 
 @pytest.mark.parametrize("make", [mvtec_ad, visa, mvtec_loco, kolektor])
 def test_datamodules(make, small_raad, engine, tmp_path) -> None:
-    data, model = make(tmp_path / "data"), small_raad(closed_form_start=False)
+    data, model = make(tmp_path / "data"), small_raad()
     runner = engine(max_steps=9, logger=False, callbacks=[OneStep()])
     # anomalib 2.7's MVTecLOCO puts lists into a column of strings, which pandas 3 refuses otherwise.
     with pd.option_context("future.infer_string", False):

@@ -19,7 +19,13 @@ from anomalib_raad.quantization.layers import quantizable_layers
 from anomalib_raad.teacher.weights import load_teacher_
 
 STEPS = 9  # 5 of stage 1, 4 of stage 3; an epoch over 4 kept images ends within each stage
-OPTIONS = {"bits": {"conv2": 4}, "reconstruction_iterations": 2, "learn_steps": True}
+OPTIONS = {
+    "bits": {"conv2": 4},
+    "reconstruction_iterations": 2,
+    "learn_steps": True,
+    "closed_form_start": True,
+    "restore_student": True,
+}
 
 
 class SaveEvery(ModelCheckpoint):
@@ -258,7 +264,7 @@ def test_the_datamodule_is_given_back(cell_data, small_raad, engine) -> None:
 def test_teacher_features_are_kept_without_augmentations(
     cell_data, small_raad, engine, augmentations, expected
 ) -> None:
-    model, kept = small_raad(closed_form_start=False), []
+    model, kept = small_raad(), []
     count = LambdaCallback(on_train_batch_end=lambda *_: kept.append(len(model._teacher_features._features)))
     data = cell_data(train_augmentations=augmentations)
     engine(max_steps=9, logger=False, callbacks=[StopAfter(1), count]).fit(model, datamodule=data)

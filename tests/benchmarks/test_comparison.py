@@ -19,7 +19,13 @@ SMALL = {
 }
 RAAD = {
     "class_path": "anomalib_raad.Raad",
-    "init_args": {"bits": 8, "calibration_images": 2, "pre_processor": SMALL},
+    "init_args": {
+        "bits": 8,
+        "calibration_images": 2,
+        "closed_form_start": False,
+        "restore_student": False,
+        "pre_processor": SMALL,
+    },
 }
 PATCHCORE = {
     "class_path": "anomalib_raad.benchmarks.comparison.OfflinePatchcore",

@@ -2,7 +2,7 @@ import json
 
 import pandas as pd
 import torch
-from anomalib.models import EfficientAd, Raad
+from anomalib.models import EfficientAd
 from anomalib.utils.path import get_pretrained_weights_dir
 from PIL import Image
 
@@ -14,10 +14,7 @@ STEPS = [0, 2, 3]
 
 
 def test_raads_first_stage_is_measured_once(cell_data, small_raad, tmp_path) -> None:
-    def model() -> Raad:
-        return small_raad(closed_form_start=False)
-
-    measure(model, cell_data(val_split_mode="from_train"), STEPS, "raad", seeds=[3], results=tmp_path / "curves")
+    measure(small_raad, cell_data(val_split_mode="from_train"), STEPS, "raad", seeds=[3], results=tmp_path / "curves")
     (path,) = (tmp_path / "curves").glob("*.json")
     run = json.loads(path.read_text())
     assert [point["step"] for point in run["points"]] == STEPS
@@ -26,7 +23,7 @@ def test_raads_first_stage_is_measured_once(cell_data, small_raad, tmp_path) -> 
     assert seconds == sorted(seconds)
 
     path.write_text(json.dumps(run | {"name": "kept"}))
-    measure(model, cell_data(), STEPS, "raad", seeds=[3], results=tmp_path / "curves")
+    measure(small_raad, cell_data(), STEPS, "raad", seeds=[3], results=tmp_path / "curves")
     assert json.loads(path.read_text())["name"] == "kept"
     plot(tmp_path / "curves")
     table = pd.read_csv(tmp_path / "curves" / "curves.csv")

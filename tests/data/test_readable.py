@@ -157,8 +157,7 @@ def trained(folder: Path, tmp_path, small_raad, engine) -> Callable:
             name="disk", normal_dir=root, train_batch_size=1, eval_batch_size=1, num_workers=0,
             test_split_mode="none", val_split_mode="from_train", val_split_ratio=0.2, seed=0,
         )  # fmt: skip
-        options = {"reconstruction_iterations": 0, "closed_form_start": False, "restore_student": False}
-        model = small_raad(bits=8, calibration_images=1, **options)
+        model = small_raad(bits=8, calibration_images=1)
         runner = engine(max_steps=2, logger=False)
         runner.fit(model, datamodule=data)
         return model, runner

@@ -11,6 +11,7 @@ _SAFE_SIZE = 128  # integers of an 8-bit weight: 255 * (64 + 64) is the largest 
 # Shrunken versions of a tensor's range that the searches try, largest first: clipping a few outliers often costs less
 # than a coarse step. BRECQ tries 80 as well.
 _SHRINKS = torch.linspace(1.0, 0.21, 80).tolist()
+_SEARCHED_TOGETHER = 2**18  # weights
 
 
 def check_bits(name: str, bits: int) -> None:
@@ -124,6 +125,12 @@ def search_weight_step(weight: torch.Tensor, bits: int) -> torch.Tensor:
     Returns:
         Steps of shape ``(out, 1, 1, 1)``, all positive.
     """
+    # Some channels at a time: every candidate reads all their weights, from the cache if they fit into it.
+    channels = max(1, _SEARCHED_TOGETHER // weight[0].numel())
+    return torch.cat([_search_weight_step(some, bits) for some in weight.split(channels)])
+
+
+def _search_weight_step(weight: torch.Tensor, bits: int) -> torch.Tensor:
     low, high = weight_range(bits)
     dims = (1, 2, 3)
     full = torch.maximum(weight.amax(dims, keepdim=True) / high, weight.amin(dims, keepdim=True) / low)

@@ -83,7 +83,9 @@ def solve_last_layer_(
     samples = math.ceil(_SAMPLES / len(images))
     seen: list[torch.Tensor] = []
     hook = layer.register_forward_hook(lambda _, inputs, output: seen.extend([inputs[0], output]))
-    gram = moments = torch.zeros((), dtype=torch.float64, device=layer.weight.device)
+    unknowns = layer.weight[0].numel() + 1
+    gram = torch.zeros(unknowns, unknowns, dtype=torch.float64, device=layer.weight.device)
+    moments = gram.new_zeros(unknowns, layer.out_channels)
     try:
         for image in images:
             seen.clear()
@@ -93,7 +95,8 @@ def solve_last_layer_(
             phi = F.pad(_patches(layer, layer.quantized_input(inputs), chosen), (0, 1), value=1.0)
             y = target(image, output)[0].flatten(1).T[chosen].float()
             with torch.autocast(phi.device.type, enabled=False):  # sums of 16-bit products are not precise enough
-                gram, moments = gram + (phi.T @ phi).double(), moments + (phi.T @ y).double()
+                gram += phi.T @ phi
+                moments += phi.T @ y
     finally:
         hook.remove()
     gram.diagonal().add_(_RIDGE * gram.diagonal().mean())

@@ -21,7 +21,7 @@ if __name__ == "__main__":
         train_batch_size=batch_size, eval_batch_size=2, num_workers=0, val_split_mode="same_as_test", seed=0,
     )  # fmt: skip
     model = Raad(
-        pre_processor=Raad.configure_pre_processor((64, 64)), visualizer=False, closed_form_start=False,
+        pre_processor=Raad.configure_pre_processor((64, 64)), visualizer=False, closed_form=False,
         restore_student=False, lr=1e-4, finetune_lr=1e-4, bits=8, learn_steps=True,
     )  # fmt: skip
     start = {name: parameter.clone() for name, parameter in model.named_parameters()}

@@ -39,6 +39,21 @@ def test_solution_equals_numpys_ridge_regression(padding: int) -> None:
     np.testing.assert_allclose(actual, expected, rtol=1e-3, atol=1e-4)
 
 
+def test_solving_the_student_lowers_both_its_losses_and_leaves_its_inner_layers(untrained) -> None:
+    model, images = untrained
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    with torch.no_grad():
+        torch.manual_seed(1)  # both times the same augmentation
+        random = [model.losses(image) for image in images]
+        solve_student_(model, images, seed=0)
+        torch.manual_seed(1)
+        solved = [model.losses(image) for image in images]
+    for term in ("st", "stae"):
+        assert sum(getattr(losses, term) for losses in solved) < 0.5 * sum(getattr(losses, term) for losses in random)
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, before[name]) != name.startswith("student.conv4"), name
+
+
 def test_restoring_mends_what_quantization_did(untrained) -> None:
     """At 3 bits the maps of normal images grow; afterwards they are close to what they were."""
     model, images = untrained

@@ -37,7 +37,7 @@ def test_the_configuration_runs(path: Path, cells, cell_data, tmp_path, monkeypa
     overrides = {
         "model.teacher": tmp_path / "teacher.safetensors",
         "model.reconstruction_iterations": 1,
-        "model.closed_form_start": False,
+        "model.closed_form": False,
         "model.restore_student": False,
         "model.visualizer": False,
         "trainer.accelerator": "cpu",

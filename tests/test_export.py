@@ -42,7 +42,7 @@ def finished(cells, images, tmp_path_factory) -> Raad:
         reconstruction_iterations=2,
         visualizer=False,
         # Four images are far too few for the closed form: its huge weights would magnify every rounding error.
-        closed_form_start=False,
+        closed_form=False,
         restore_student=False,
     )
     root = tmp_path_factory.mktemp("finished")

@@ -1,25 +1,20 @@
 import torch
 
-from anomalib_raad.initialization import start_in_closed_form_, train_autoencoder_
+from anomalib_raad.initialization import train_autoencoder_
 
 
-def test_losses_start_lower_and_inner_layers_stay(untrained) -> None:
+def test_only_the_autoencoder_learns(untrained) -> None:
     model, images = untrained
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    torch.manual_seed(1)  # both times the same augmentation
     with torch.no_grad():
-        torch.manual_seed(1)  # both times the same augmentation
-        random = [model.losses(image) for image in images]
-        start_in_closed_form_(model, images, seed=0, autoencoder_steps=8)
-        torch.manual_seed(1)
-        solved = [model.losses(image) for image in images]
-        energy = sum(model.autoencode(image, (24, 24)).square().mean() for image in images)
-    st, ae = ([sum(getattr(losses, name) for losses in runs) for runs in (random, solved)] for name in ("st", "ae"))
-    assert st[1] < 0.5 * st[0]
-    assert ae[1] < ae[0]
-    assert sum(losses.stae for losses in solved) < 0.5 * energy
+        random = sum(model.losses(image).ae for image in images)
+    train_autoencoder_(model, images, seed=0, steps=8)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        assert sum(model.losses(image).ae for image in images) < random
     for name, parameter in model.named_parameters():
-        changed = name.startswith(("student.conv4", "ae."))
-        assert torch.equal(parameter, before[name]) != changed, name
+        assert torch.equal(parameter, before[name]) != name.startswith("ae."), name
 
 
 def test_autoencoder_learns_the_same_in_autocast(untrained, monkeypatch) -> None:

@@ -23,7 +23,7 @@ OPTIONS = {
     "bits": {"conv2": 4},
     "reconstruction_iterations": 2,
     "learn_steps": True,
-    "closed_form_start": True,
+    "closed_form": True,
     "restore_student": True,
 }
 

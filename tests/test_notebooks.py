@@ -13,7 +13,7 @@ SETTINGS = {
     "calibration_images": 4,
     "reconstruction_iterations": 2,
     "held_out": 0.01,
-    "closed_form_start": False,
+    "closed_form": False,
     "restore_student": False,
 }
 """

@@ -1,8 +1,4 @@
-"""A start that makes few steps enough: some steps of the autoencoder alone, then the student's last layer solved.
-
-The autoencoder needs the most steps and is a twentieth of the work of a step, so it takes some by itself. The student's
-inner layers keep their random weights. The losses of Eq. 5 and 6 start where hundreds of gradient steps would end.
-"""
+"""The autoencoder's first steps: it needs the most and is a twentieth of a joint step, so it takes some by itself."""
 
 from collections.abc import Sequence
 
@@ -10,7 +6,6 @@ import torch
 from torch.nn import functional as F  # noqa: N812
 from tqdm import trange
 
-from .closed_form import solve_student_
 from .losses import squared_difference
 from .torch_model import RaadModel
 
@@ -19,25 +14,6 @@ AUTOENCODER_STEPS = 100
 
 _AE_BATCH, _AE_LR, _AE_WARM_UP = 8, 1e-3, 50
 _AE_CELLS = 64  # the autoencoder's output has no more cells a side, so neither need its target
-
-
-@torch.no_grad()
-def start_in_closed_form_(
-    model: RaadModel,
-    images: Sequence[torch.Tensor],
-    seed: int,
-    autoencoder_steps: int,
-) -> None:
-    """Train the autoencoder for a moment and solve the student's last layer, in place.
-
-    Args:
-        model: Model in evaluation mode whose teacher statistics are set.
-        images: Normal images, each of shape ``(1, 3, H, W)`` in [0, 1].
-        seed: Seed of everything drawn.
-        autoencoder_steps: Steps of the autoencoder alone.
-    """
-    train_autoencoder_(model, images, seed, autoencoder_steps)
-    solve_student_(model, images, seed)
 
 
 def train_autoencoder_(model: RaadModel, images: Sequence[torch.Tensor], seed: int, steps: int) -> None:

@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 from .attention import attention_bias
 from .checkpoints import AtomicCheckpointIO, check_archive
-from .closed_form import restore_student_
+from .closed_form import restore_student_, solve_student_
 from .data.drift import Ranges, ranges
 from .data.guard import PredictionGuard
 from .data.penalty import PenaltyImages
@@ -39,7 +39,7 @@ from .data.readable import describe, unreadable
 from .data.training import NormalImages
 from .export.projection import project_
 from .figures import StageVisualizer, log_figures
-from .initialization import AUTOENCODER_STEPS, start_in_closed_form_
+from .initialization import AUTOENCODER_STEPS, train_autoencoder_
 from .post_processing import RaadPostProcessor
 from .pre_processing import RaadPreProcessor
 from .precision import warn_of_slow_precision
@@ -87,9 +87,7 @@ class Raad(AnomalibModule):
         teacher: ``bundled``, ``efficientad`` (anomalib's official weights, downloaded) or the path of a weights file.
         model_size: ``small`` or ``medium``.
         padding: Zero-pad the convolutions of teacher and student.
-        lr: Learning rate of stage 1. The closed-form start lies in a narrow valley, and the default keeps to it; ten
-            steps at the paper's 1e-5 multiply the student's error by 20. From a random start, 1e-4 gets further in few
-            steps.
+        lr: Learning rate of stage 1 (EfficientAD's; paper of RAAD: 1e-5).
         lr_decay: The last share of either stage runs at a tenth of its learning rate (EfficientAD: 0.05); 0 for
             constant rates.
         finetune_lr: Learning rate of stage 3 (paper: 1e-5, for 60,000 steps; in short runs that undoes more than it
@@ -120,8 +118,8 @@ class Raad(AnomalibModule):
         finetune_float: Stage 3 goes on in floating point from the quantized weights, and the finished model is not
             quantized: the paper can be read so.
         fisher: Weigh the channels of a block's output by their Fisher information, Eq. 3; otherwise all alike.
-        closed_form_start: Start with a hundred steps of the autoencoder alone and the student's last layer solved by
-            ridge regression onto what it is to learn, instead of at random: few steps are then enough.
+        closed_form: Begin stage 1 with a hundred steps of the autoencoder alone, and end it by solving the student's
+            last layer: ridge regression of its trained features onto what it is to learn. Few steps are then enough.
         restore_student: Solve the student's last layer after quantization, so that its differences from teacher and
             autoencoder are what they were before.
         held_out: Share of the normal training images held out for scores and map quantiles, at least one image.
@@ -150,7 +148,7 @@ class Raad(AnomalibModule):
         teacher: str | Path = "bundled",
         model_size: str = "small",
         padding: bool = False,
-        lr: float = 1e-6,
+        lr: float = 1e-4,
         lr_decay: float = 0.2,
         finetune_lr: float = 1e-6,
         weight_decay: float = 1e-5,
@@ -172,7 +170,7 @@ class Raad(AnomalibModule):
         fisher: bool = True,
         learn_steps: bool = False,
         finetune_float: bool = False,
-        closed_form_start: bool = True,
+        closed_form: bool = True,
         restore_student: bool = True,
         held_out: float = 0.1,
         calibration_images: int = 128,
@@ -278,11 +276,11 @@ class Raad(AnomalibModule):
         self.seen = ranges(image[0] for image in originals)
         with self.trainer.precision_plugin.forward_context():
             self._set_teacher_statistics()
-            if self.hparams["closed_form_start"]:
+            if self.hparams["closed_form"]:
                 with self._evaluating():
-                    images = list(self._calibration_images("Images for the closed-form start"))
+                    images = list(self._calibration_images("Images for the autoencoder's first steps"))
                     steps = min(AUTOENCODER_STEPS, self.schedule.train_steps)
-                    start_in_closed_form_(self.model, images, int(self.run_seed), steps)
+                    train_autoencoder_(self.model, images, int(self.run_seed), steps)
 
     def _set_teacher_statistics(self) -> None:
         with self._evaluating():
@@ -321,7 +319,10 @@ class Raad(AnomalibModule):
             return
         if "quantized" not in self._stages:
             self._teacher_features.clear()
-            self._end_stage("trained", self.global_step)
+            if "trained" not in self._stages:
+                if self.hparams["closed_form"]:
+                    self._once(self.solve_student)
+                self._end_stage("trained", self.global_step)
             self._once(self._quantize)
             self.trainer.optimizers[0].state.clear()  # stage 3 starts with a fresh Adam
             self._end_stage("quantized", self.global_step)
@@ -417,6 +418,12 @@ class Raad(AnomalibModule):
             del self._images  # it refers to the datamodule, which must not be pickled with the model
 
     # ----------------------------------------------------------------------------------------------------- stage 2
+
+    def solve_student(self) -> None:
+        """Solve the student's last layer for the features as they are now, during a fit."""
+        with self._evaluating(), self.trainer.precision_plugin.forward_context():
+            images = list(self._calibration_images("Images for the student's last layer"))
+            solve_student_(self.model, images, int(self.run_seed))
 
     def _quantize(self) -> None:
         before = deepcopy(self.model)

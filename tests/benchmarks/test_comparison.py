@@ -22,7 +22,7 @@ RAAD = {
     "init_args": {
         "bits": 8,
         "calibration_images": 2,
-        "closed_form_start": False,
+        "closed_form": False,
         "restore_student": False,
         "pre_processor": SMALL,
     },

@@ -25,7 +25,7 @@ model:
     bits: {conv2: 4}
     calibration_images: 1
     reconstruction_iterations: 0
-    closed_form_start: false
+    closed_form: false
     restore_student: false
     visualizer: false
     pre_processor:

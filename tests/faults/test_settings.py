@@ -36,7 +36,7 @@ VALID = {
     "hqs_thresholds": st.lists(st.floats(0.001, 0.999), min_size=3, max_size=3, unique=True).map(sorted).map(tuple),
     "reconstruction_iterations": st.integers(0, 1),
     "fisher": st.booleans(),
-    "closed_form_start": st.booleans(),
+    "closed_form": st.booleans(),
     "restore_student": st.booleans(),
     "held_out": st.floats(1e-9, 0.9999),
     "calibration_images": st.integers(1, 10),

@@ -38,16 +38,16 @@ _LONGER = "longer baseline"
 
 
 class Row(NamedTuple):
-    """Options of Raad, the row and stage whose checkpoint the fit goes on from, and the stages that are tested."""
+    """Options of Raad, the row and stage whose checkpoint the fit goes on from, if any, and the stages tested."""
 
     options: dict[str, Any]
-    start: tuple[str, str] = (_FIRST, "trained")
+    start: tuple[str, str] | None = (_FIRST, "trained")
     tested: tuple[str, ...] = ("quantized", "model")
 
 
 ROWS = {
-    _FIRST: Row({"bits": 8}, tested=("trained", "quantized", "model")),
-    _LONGER: Row({"bits": 8, "restore_student": False}, tested=("trained",)),
+    _FIRST: Row({"bits": 8}, start=None, tested=("trained", "quantized", "model")),
+    _LONGER: Row({"bits": 8, "restore_student": False}, start=None, tested=("trained",)),
     "uniform 4": Row({"bits": 4, "activation_bits": None}),
     "uniform 3": Row({"bits": 3, "activation_bits": None}),
     "uniform 2": Row({"bits": 2, "activation_bits": None}),
@@ -95,8 +95,9 @@ def measure(
             path = _cell(results, name, row, seed)
             if path.exists():
                 continue
-            start, stage = ROWS[row].start
-            checkpoint = None if row == _FIRST else _folder(_cell(results, name, start, seed)) / f"{stage}.ckpt"
+            checkpoint = None
+            if start := ROWS[row].start:
+                checkpoint = _folder(_cell(results, name, start[0], seed)) / f"{start[1]}.ckpt"
             options = ROWS[row].options | {"calibration_images": calibration_images}
             if row == _LONGER:
                 options |= {"train_steps": steps - 1, "finetune_steps": 1}

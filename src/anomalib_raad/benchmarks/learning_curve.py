@@ -4,7 +4,8 @@
     python -m anomalib_raad.benchmarks.learning_curve plot
 
 The test images are only measured: nothing is chosen by them. The clock runs from the start of the fit, with everything
-a model does before its first step, and stands still while the model is tested. It counts the seconds that processors
+a model does before its first step and would do if its training ended here, and stands still while the model is tested.
+It counts the seconds that processors
 spend on the training process: with one thread those of an idle core, whatever else the machine does. Leave the data
 loader without workers, whose seconds it would not see.
 """
@@ -13,6 +14,7 @@ import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -69,10 +71,12 @@ class LearningCurve(Callback):
 
     @torch.no_grad()
     def _test(self, trainer: Any, module: Any) -> None:  # noqa: ANN401
-        self._seconds += time.process_time() - self._resumed
-        with _evaluating(module), trainer.precision_plugin.forward_context():
+        stopped = time.process_time()
+        self._seconds += stopped - self._resumed
+        with _evaluating(module), trainer.precision_plugin.forward_context(), _ending(module):
+            seconds = self._seconds + time.process_time() - stopped
             scores = _test(module, trainer.datamodule)
-        self.points.append({"step": trainer.global_step, "seconds": self._seconds, **scores})
+        self.points.append({"step": trainer.global_step, "seconds": seconds, **scores})
         self._resumed = time.process_time()
 
 
@@ -82,6 +86,18 @@ def _evaluating(module: AnomalibModule) -> Iterator[None]:
     with torch.random.fork_rng():
         yield
     module.train()
+
+
+@contextmanager
+def _ending(module: AnomalibModule) -> Iterator[None]:
+    """Raad as it would be if its first stage ended here."""
+    if not (isinstance(module, Raad) and module.hparams["closed_form"]):
+        yield
+        return
+    trained = deepcopy(module.model.student.state_dict())
+    module.solve_student()
+    yield
+    module.model.student.load_state_dict(trained)
 
 
 def _test(module: Any, datamodule: Any) -> dict[str, float]:  # noqa: ANN401
@@ -126,7 +142,7 @@ def measure(
     """
     results.mkdir(parents=True, exist_ok=True)
     dataset = set_up_(data, every)
-    last = max(AUTOENCODER_STEPS, steps[-1])  # a shorter stage would shorten the start, too
+    last = max(AUTOENCODER_STEPS, steps[-1])  # a shorter stage would shorten the autoencoder's start, too
     for seed in seeds:
         path = results / f"{dataset}-{name}-{seed}.json"
         if path.exists():

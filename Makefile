@@ -14,7 +14,7 @@ $(INSTALLED): pyproject.toml src/anomalib_raad.pth
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	touch $@
 
-demo: $(INSTALLED) ## Train, quantize, fine-tune and test on real solar cells (10 to 16 minutes on two cores)
+demo: $(INSTALLED) ## Train, quantize, fine-tune and test on real solar cells
 	$(BIN)/python -m anomalib_raad.demo
 
 test: $(INSTALLED) lint type-check ## Check the code and run the tests, two files at a time

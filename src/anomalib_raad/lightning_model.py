@@ -319,10 +319,9 @@ class Raad(AnomalibModule):
             return
         if "quantized" not in self._stages:
             self._teacher_features.clear()
-            if "trained" not in self._stages:
-                if self.hparams["closed_form"]:
-                    self._once(self.solve_student)
-                self._end_stage("trained", self.global_step)
+            if self.hparams["closed_form"] and "trained" not in self._stages:
+                self._once(self.solve_student)
+            self._end_stage("trained", self.global_step)
             self._once(self._quantize)
             self.trainer.optimizers[0].state.clear()  # stage 3 starts with a fresh Adam
             self._end_stage("quantized", self.global_step)

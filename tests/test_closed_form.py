@@ -48,6 +48,8 @@ def test_solving_the_student_lowers_both_its_losses_and_leaves_its_inner_layers(
         solve_student_(model, images, seed=0)
         torch.manual_seed(1)
         solved = [model.losses(image) for image in images]
+        energy = sum(model.autoencode(image, (24, 24)).square().mean() for image in images)
+    assert sum(losses.stae for losses in solved) < 0.5 * energy
     for term in ("st", "stae"):
         assert sum(getattr(losses, term) for losses in solved) < 0.5 * sum(getattr(losses, term) for losses in random)
     for name, parameter in model.named_parameters():

@@ -2,7 +2,7 @@ import json
 
 import pandas as pd
 import torch
-from anomalib.models import EfficientAd
+from anomalib.models import EfficientAd, Raad
 from anomalib.utils.path import get_pretrained_weights_dir
 from PIL import Image
 
@@ -29,6 +29,31 @@ def test_raads_first_stage_is_measured_once(cell_data, small_raad, tmp_path) -> 
     table = pd.read_csv(tmp_path / "curves" / "curves.csv")
     assert table["step"].tolist() == STEPS
     assert (tmp_path / "curves" / "curves.png").stat().st_size > 10_000
+
+
+def test_measuring_as_if_stage_1_ended_leaves_the_training_alone(cell_data, small_raad, tmp_path, monkeypatch) -> None:
+    for place in ("anomalib_raad.lightning_model", "anomalib_raad.benchmarks.learning_curve"):
+        monkeypatch.setattr(f"{place}.AUTOENCODER_STEPS", 1)
+    measured, models = [], []
+
+    def student(model: Raad) -> dict[str, torch.Tensor]:
+        return {name: value.clone() for name, value in model.model.student.named_parameters()}
+
+    def note(module: Raad, _: object) -> dict[str, float]:
+        measured.append(student(module))
+        return {}
+
+    def model() -> Raad:
+        models.append(small_raad(closed_form=True))
+        return models[-1]
+
+    monkeypatch.setattr("anomalib_raad.benchmarks.learning_curve._test", note)
+    for steps in ([1, 2], [2]):
+        measure(model, cell_data(val_split_mode="from_train"), steps, f"{len(steps)}", results=tmp_path)
+    often, once = (student(each) for each in models)
+    assert all(torch.equal(often[name], value) for name, value in once.items())
+    for name, value in once.items():
+        assert torch.equal(measured[-1][name], value) != name.startswith("conv4"), name
 
 
 def test_efficientad_trains_with_the_bundled_teacher(cell_data, tmp_path, monkeypatch) -> None:

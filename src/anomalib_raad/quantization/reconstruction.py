@@ -112,16 +112,21 @@ def reconstruct_(
     Returns:
         A report for each block that was reconstructed. Blocks of 8 bits keep nearest rounding.
     """
-    reports, given, wanted = [], inputs, inputs
+    reports: list[BlockReport] = []
+    given = wanted = inputs
+    learning = [any(layer.bits < 8 for layer in quantizable_layers(block).values()) for block in blocks]
     for number, (block, float_block) in enumerate(zip(blocks, reference, strict=True)):
+        if not any(learning[number:]):
+            break
         target = _apply(float_block, wanted)
-        layers = {f"{name}.{layer_name}": layer for layer_name, layer in quantizable_layers(block).items()}
-        if any(layer.bits < 8 for layer in layers.values()):
+        if learning[number]:
+            layers = {f"{name}.{layer_name}": layer for layer_name, layer in quantizable_layers(block).items()}
             weights = torch.ones(1, target.shape[1], 1, 1, device=target.device)
             if settings.fisher:
                 weights = fisher_weights(reference[number + 1 :], target, generator)
             reports.append(_reconstruct_block_(block, layers, given, target, weights, settings, generator))
-        given, wanted = _apply(block, given), target
+        if any(learning[number + 1 :]):
+            given, wanted = _apply(block, given), target
     return reports
 
 

@@ -89,6 +89,7 @@ def small_raad():
         options.setdefault("pre_processor", Raad.configure_pre_processor(SMALL))
         return Raad(**(QUICK | options))
 
+    make.configure_pre_processor = Raad.configure_pre_processor
     return make
 
 

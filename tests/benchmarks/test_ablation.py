@@ -3,6 +3,7 @@ import json
 import pandas as pd
 import pytest
 import torch
+from anomalib.models import Raad
 
 from anomalib_raad.benchmarks import ablation
 
@@ -13,7 +14,8 @@ def test_rows_share_the_first_stage_and_the_steps(cell_data, small_raad, tmp_pat
     rows = ["longer baseline", "HQS", "HQS, in float", "LSQ 8/8"]
 
     def measure() -> None:
-        ablation.measure(cell_data(), 4, seeds=[3], rows=rows, calibration_images=2, results=results)
+        options = {"calibration_images": 2, "image_size": (96, 64), "results": results}
+        ablation.measure(cell_data(), 4, seeds=[3], rows=rows, **options)
 
     measure()
     cells = {path: json.loads(path.read_text()) for path in results.glob("*.json")}
@@ -32,6 +34,7 @@ def test_rows_share_the_first_stage_and_the_steps(cell_data, small_raad, tmp_pat
     assert len(weights) > 40
     assert all(torch.equal(shared[name], value) for name, value in weights.items())
     assert checkpoint("longer_baseline", "trained")["global_step"] == 3
+    assert Raad.load_from_checkpoint(results / "runs" / "cells-HQS-3" / "trained.ckpt").input_size == (96, 64)
 
     kept = next(iter(cells))
     kept.write_text(json.dumps(cells[kept] | {"seed": 7}))

@@ -1,4 +1,5 @@
 from copy import deepcopy
+from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -10,6 +11,7 @@ from anomalib_raad.quantization.quantizers import weight_range
 from anomalib_raad.quantization.reconstruction import Reconstruction, fisher_weights, reconstruct_
 
 BITS = 2
+TOY = Reconstruction(regularization=10.0)  # for blocks of a hundred weights instead of a million
 
 
 @pytest.fixture
@@ -52,7 +54,7 @@ def test_rounding_is_among_the_best_of_all(inputs, generator) -> None:
         weight = (floor + torch.tensor(up).view_as(floor)).clamp(*weight_range(BITS)) * layer.weight_step
         output = nn.functional.conv2d(inputs, weight, layer.bias.detach())
         errors.append(float((output - target).square().sum(1).mean()))
-    (report,) = reconstruct_("toy", blocks, reference, inputs, Reconstruction(iterations=400), generator)
+    (report,) = reconstruct_("toy", blocks, reference, inputs, replace(TOY, iterations=400), generator)
     better = sum(error < report.learned * 0.9999 for error in errors)
     assert better < 0.15 * len(errors)
     assert report.learned < 0.1 * report.nearest
@@ -62,7 +64,7 @@ def test_weights_end_on_their_grid_one_step_from_where_they_were(inputs, generat
     reference = toy_blocks()
     blocks = quantized(reference)
     before = deepcopy(blocks)
-    reconstruct_("toy", blocks, reference, inputs, Reconstruction(iterations=50), generator)
+    reconstruct_("toy", blocks, reference, inputs, replace(TOY, iterations=50), generator)
     for block, old in zip(blocks, before, strict=True):
         for layer, start in zip(block, old, strict=True):
             if not isinstance(layer, QuantConv2d):
@@ -78,7 +80,7 @@ def test_weights_end_on_their_grid_one_step_from_where_they_were(inputs, generat
 def test_reports_hold_the_errors_of_the_blocks(inputs, generator) -> None:
     reference = toy_blocks()
     blocks = quantized(reference)
-    reports = reconstruct_("toy", blocks, reference, inputs, Reconstruction(iterations=200, fisher=False), generator)
+    reports = reconstruct_("toy", blocks, reference, inputs, replace(TOY, iterations=200, fisher=False), generator)
     given = wanted = inputs
     for block, float_block, report in zip(blocks, reference, reports, strict=True):
         with torch.no_grad():
@@ -87,11 +89,33 @@ def test_reports_hold_the_errors_of_the_blocks(inputs, generator) -> None:
         assert report.learned < 0.9 * report.nearest
 
 
-def test_a_reconstruction_that_fails_keeps_nearest_rounding(inputs, generator) -> None:
+def test_the_scale_of_a_blocks_output_changes_no_rounding(inputs) -> None:
+    small = toy_blocks()
+    large = deepcopy(small)
+    with torch.no_grad():
+        large[0][2].weight.mul_(2**-6)
+        large[0][2].bias.mul_(2**-6)
+    settings = replace(TOY, iterations=50, fisher=False)
+    learned = []
+    for reference in (small, large):
+        blocks = quantized(reference)
+        generator = torch.Generator().manual_seed(0)
+        report, *_ = reconstruct_("toy", blocks[:1], reference[:1], inputs, settings, generator)
+        learned.append((report, blocks[0][2].integer_weight()))
+    (report, weight), (scaled_report, scaled_weight) = learned
+    assert report.learned < report.nearest
+    assert scaled_report.learned == pytest.approx(report.learned * 2**-12, rel=1e-3)
+    assert torch.equal(weight, scaled_weight)
+
+
+@pytest.mark.parametrize("bias", [0.0, -1e3], ids=["wild", "silent"])  # nothing a silent block does has an error
+def test_a_reconstruction_that_fails_keeps_nearest_rounding(bias, inputs, generator) -> None:
     reference = toy_blocks()
+    with torch.no_grad():
+        reference[0][2].bias.add_(bias)
     blocks = quantized(reference)
     before = deepcopy(blocks[0].state_dict())
-    wild = Reconstruction(iterations=5, rounding_lr=50.0, step_lr=3.0)
+    wild = replace(TOY, iterations=5, rounding_lr=50.0, step_lr=3.0)
     report, *_ = reconstruct_("toy", blocks, reference, inputs, wild, generator)
     assert report.learned == report.nearest
     assert all(

@@ -71,6 +71,7 @@ def measure(
     rows: Sequence[str] = tuple(ROWS),
     precision: str | None = None,
     calibration_images: int = 128,
+    image_size: tuple[int, int] = (256, 256),
     every: int = 1,
     results: Path = RESULTS,
 ) -> None:
@@ -83,6 +84,7 @@ def measure(
         rows: Names of the rows, see :data:`ROWS`; ``uniform 8`` comes first in any case.
         precision: Lightning's precision; by default the fastest of this processor.
         calibration_images: Raad's option of that name.
+        image_size: Height and width that images are resized to.
         every: Test on every so-manieth test image only.
         results: Folder for the cells and their checkpoints.
     """
@@ -91,6 +93,7 @@ def measure(
         raise ValueError(msg)
     results.mkdir(parents=True, exist_ok=True)
     name = set_up_(data, every)
+    pre_processor = Raad.configure_pre_processor(image_size)
     for seed in seeds:
         for row in [_FIRST, *(row for row in rows if row != _FIRST)]:
             path = _cell(results, name, row, seed)
@@ -103,8 +106,13 @@ def measure(
             if row == _LONGER:
                 options |= {"train_steps": steps - 1, "finetune_steps": 1}
             seed_everything(seed)
-            evaluator, post_processor = Evaluator(test_metrics=ranking_metrics()), SquashingPostProcessor()
-            model = Raad(visualizer=False, evaluator=evaluator, post_processor=post_processor, **options)
+            model = Raad(
+                pre_processor=pre_processor,
+                post_processor=SquashingPostProcessor(),
+                evaluator=Evaluator(test_metrics=ranking_metrics()),
+                visualizer=False,
+                **options,
+            )
             engine = Engine(
                 max_steps=steps,
                 precision=precision or fastest_precision(),

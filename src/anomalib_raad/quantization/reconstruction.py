@@ -11,6 +11,7 @@ The rounding is AdaRound's: ``w = step * clip(floor(w / step) + h(v))`` with ``h
 and cut off there, and a regulariser that pushes every ``h`` to 0 or 1.
 """
 
+import math
 from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from .layers import QuantConv2d, computing_by, quantizable_layers
 
 _STRETCH_LOW, _STRETCH_HIGH = -0.1, 1.1
 _WARM_UP = 0.2  # share of the iterations before the regulariser sets in
+_MEASURED = 256  # windows, at most, of which a block's error is the mean
 _BETA_START, _BETA_END = 20.0, 2.0
 
 
@@ -37,15 +39,16 @@ class Reconstruction:
         fisher: Weigh the channels of a block's output by Eq. 3; otherwise all alike (what BRECQ's public code runs).
         rounding_lr: Adam's learning rate for the rounding variables.
         step_lr: Adam's learning rate for the input steps, relative to the step.
-        regularization: Weight of the regulariser.
+        regularization: Weight of the regulariser, a mean over weights, against the block's error as a share of that of
+            nearest rounding.
     """
 
     iterations: int = 300
-    batch_size: int = 32
+    batch_size: int = 4
     fisher: bool = True
-    rounding_lr: float = 3e-2
+    rounding_lr: float = 6e-2
     step_lr: float = 1e-3
-    regularization: float = 0.01
+    regularization: float = 300.0
 
 
 class BlockReport(NamedTuple):
@@ -72,8 +75,8 @@ class _Learner:
         return stretched.clamp(0, 1)
 
     def regularizer(self, beta: float) -> torch.Tensor:
-        """Zero when every ``h`` is 0 or 1."""
-        return (1 - (2 * self.h() - 1).abs().pow(beta)).sum()
+        """For each weight; zero where ``h`` is 0 or 1."""
+        return 1 - (2 * self.h() - 1).abs().pow(beta)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         layer = self.layer
@@ -140,6 +143,7 @@ def _reconstruct_block_(
     generator: torch.Generator,
 ) -> BlockReport:
     nearest, before = _error(block, given, target, weights), deepcopy(block.state_dict())
+    unit = max(nearest, torch.finfo(target.dtype).tiny)  # a student's errors are a hundredth of its teacher's
     learners = [_Learner(layer) for layer in layers.values()]
     with computing_by(dict(zip(layers.values(), learners, strict=True))), torch.enable_grad():
         optimizer = torch.optim.Adam(
@@ -151,19 +155,19 @@ def _reconstruct_block_(
         bar = trange(settings.iterations, desc=f"Reconstruction of {', '.join(layers)}", leave=False)
         for iteration in bar:
             chosen = torch.randint(len(given), (settings.batch_size,), generator=generator)
-            loss = _weighted_error(block(given[chosen]), target[chosen], weights)
+            loss = _weighted_error(block(given[chosen]), target[chosen], weights) / unit
             progress = (iteration / settings.iterations - _WARM_UP) / (1 - _WARM_UP)
             if progress >= 0:
                 beta = _BETA_START + (_BETA_END - _BETA_START) * progress
-                regularizers = torch.stack([learner.regularizer(beta) for learner in learners])
-                loss = loss + settings.regularization * regularizers.sum()
+                regularizers = torch.cat([learner.regularizer(beta).flatten() for learner in learners])
+                loss = loss + settings.regularization * regularizers.mean()
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
         for learner in learners:
             learner.harden_()
     learned = _error(block, given, target, weights)
-    if learned > nearest:
+    if not learned < nearest:  # nor if it is not a number
         block.load_state_dict(before)
         learned = nearest
     return BlockReport(list(layers), nearest, learned)
@@ -205,7 +209,8 @@ def _weighted_error(output: torch.Tensor, target: torch.Tensor, weights: torch.T
 
 @torch.no_grad()
 def _error(block: nn.Module, given: torch.Tensor, target: torch.Tensor, weights: torch.Tensor) -> float:
-    return float(_weighted_error(_apply(block, given), target, weights))
+    some = slice(None, None, math.ceil(len(given) / _MEASURED))
+    return float(_weighted_error(_apply(block, given[some]), target[some], weights))
 
 
 @torch.no_grad()

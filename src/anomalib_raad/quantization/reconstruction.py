@@ -25,8 +25,8 @@ from .layers import QuantConv2d, computing_by, quantizable_layers
 
 _STRETCH_LOW, _STRETCH_HIGH = -0.1, 1.1
 _WARM_UP = 0.2  # share of the iterations before the regulariser sets in
-_MEASURED = 256  # windows, at most, of which a block's error is the mean
 _BETA_START, _BETA_END = 20.0, 2.0
+_MEASURED = 256  # windows, at most, of which a block's error is the mean
 
 
 @dataclass(frozen=True)
@@ -115,22 +115,25 @@ def reconstruct_(
     Returns:
         A report for each block that was reconstructed. Blocks of 8 bits keep nearest rounding.
     """
-    reports: list[BlockReport] = []
-    given = wanted = inputs
-    learning = [any(layer.bits < 8 for layer in quantizable_layers(block).values()) for block in blocks]
-    for number, (block, float_block) in enumerate(zip(blocks, reference, strict=True)):
-        if not any(learning[number:]):
-            break
+    pairs = list(zip(blocks, reference, strict=True))
+    while pairs and not _learns(pairs[-1][0]):  # what comes behind the last block that learns need not be computed
+        pairs.pop()
+    reports, given, wanted = [], inputs, inputs
+    for number, (block, float_block) in enumerate(pairs):
         target = _apply(float_block, wanted)
-        if learning[number]:
+        if _learns(block):
             layers = {f"{name}.{layer_name}": layer for layer_name, layer in quantizable_layers(block).items()}
             weights = torch.ones(1, target.shape[1], 1, 1, device=target.device)
             if settings.fisher:
                 weights = fisher_weights(reference[number + 1 :], target, generator)
             reports.append(_reconstruct_block_(block, layers, given, target, weights, settings, generator))
-        if any(learning[number + 1 :]):
+        if number + 1 < len(pairs):
             given, wanted = _apply(block, given), target
     return reports
+
+
+def _learns(block: nn.Module) -> bool:
+    return any(layer.bits < 8 for layer in quantizable_layers(block).values())
 
 
 def _reconstruct_block_(

@@ -6,17 +6,18 @@
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import cast
 
 import torch
 from torch.nn import functional as F  # noqa: N812
 
 from .quantization.layers import QuantConv2d, quantizable_layers
-from .torch_model import RaadModel
+from .torch_model import RaadModel, describe
 
 _RIDGE = 1e-3  # times the mean of the diagonal of the Gram matrix
 _SAMPLES = 48_000  # positions in all; a last layer of PDN-S has 4,097 unknowns a channel
+_ROWS = 512  # of the Gram matrix at a time
 
 
 def solve_student_(model: RaadModel, images: Sequence[torch.Tensor], seed: int) -> None:
@@ -27,7 +28,7 @@ def solve_student_(model: RaadModel, images: Sequence[torch.Tensor], seed: int) 
         images: Normal images, each of shape ``(1, 3, H, W)`` in [0, 1].
         seed: Seed of the positions that are sampled.
     """
-    _solve(model, images, lambda image, output: model.student_target(image, output.shape[-2:]), seed)
+    _solve(model, images, model.student_target, seed)
 
 
 def restore_student_(model: RaadModel, before: RaadModel, images: Sequence[torch.Tensor], seed: int) -> None:
@@ -45,10 +46,9 @@ def restore_student_(model: RaadModel, before: RaadModel, images: Sequence[torch
         seed: Seed of the positions that are sampled.
     """
 
-    def target(image: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
-        size = output.shape[-2:]
-        discrepancy = before.student_features(image) - before.student_target(image, size)
-        return model.student_target(image, size) + discrepancy
+    def target(image: torch.Tensor) -> torch.Tensor:
+        discrepancy = before.student_features(image) - before.student_target(image)
+        return model.student_target(image) + discrepancy
 
     _solve(model, images, target, seed)
 
@@ -56,49 +56,53 @@ def restore_student_(model: RaadModel, before: RaadModel, images: Sequence[torch
 def _solve(
     model: RaadModel,
     images: Sequence[torch.Tensor],
-    target: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    target: Callable[[torch.Tensor], torch.Tensor],
     seed: int,
 ) -> None:
+    def examples() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        for image in images:
+            yield last_input(model.student, image), target(image)
+
     *_, last = quantizable_layers(model.student).values()
-    solve_last_layer_(last, model.student_features, images, target, torch.Generator().manual_seed(seed))
+    samples = math.ceil(_SAMPLES / len(images))
+    solve_layer_(last, examples(), samples, torch.Generator().manual_seed(seed))
+
+
+def last_input(pdn: torch.nn.Module, image: torch.Tensor) -> torch.Tensor:
+    """What enters the last layer of a patch description network, see :func:`~.torch_model.describe`."""
+    taps: list[torch.Tensor] = []
+    describe(pdn, image, slice(1), taps)
+    return taps[-1]
 
 
 @torch.no_grad()
-def solve_last_layer_(
+def solve_layer_(
     layer: QuantConv2d,
-    run: Callable[[torch.Tensor], object],
-    images: Sequence[torch.Tensor],
-    target: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    examples: Iterable[tuple[torch.Tensor, torch.Tensor]],
+    samples: int,
     generator: torch.Generator,
 ) -> None:
     """Set a convolution of stride 1 to the ridge regression of its input onto a target.
 
     Args:
         layer: The convolution.
-        run: Runs the network that the layer belongs to on an image.
-        images: Images of shape ``(1, 3, H, W)``.
-        target: From an image and the layer's output ``(1, C, h, w)`` the target of the output's shape.
-        generator: Draws the positions of each image that take part.
+        examples: Of each image what enters the layer, ``(1, c, H, W)``, and the target of the output's shape,
+            ``(1, C, h, w)``.
+        samples: Positions of each image that take part, at most.
+        generator: Draws them.
     """
-    samples = math.ceil(_SAMPLES / len(images))
-    seen: list[torch.Tensor] = []
-    hook = layer.register_forward_hook(lambda _, inputs, output: seen.extend([inputs[0], output]))
     unknowns = layer.weight[0].numel() + 1
     gram = torch.zeros(unknowns, unknowns, dtype=torch.float64, device=layer.weight.device)
     moments = gram.new_zeros(unknowns, layer.out_channels)
-    try:
-        for image in images:
-            seen.clear()
-            run(image)
-            inputs, output = seen
-            chosen = torch.randperm(output[0, 0].numel(), generator=generator)[:samples].to(output.device)
-            phi = F.pad(_patches(layer, layer.quantized_input(inputs), chosen), (0, 1), value=1.0)
-            y = target(image, output)[0].flatten(1).T[chosen].float()
-            with torch.autocast(phi.device.type, enabled=False):  # sums of 16-bit products are not precise enough
-                gram += phi.T @ phi
-                moments += phi.T @ y
-    finally:
-        hook.remove()
+    for inputs, target in examples:
+        chosen = torch.randperm(target[0, 0].numel(), generator=generator)[:samples].to(target.device)
+        phi = F.pad(_patches(layer, layer.quantized_input(inputs), chosen), (0, 1), value=1.0)
+        y = target[0].flatten(1).T[chosen].float()
+        with torch.autocast(phi.device.type, enabled=False):  # sums of 16-bit products are not precise enough
+            for start in range(0, unknowns, _ROWS):  # on and below the diagonal, all that the decomposition reads
+                rows = slice(start, start + _ROWS)
+                gram[rows, : rows.stop] += phi[:, rows].T @ phi[:, : rows.stop]
+            moments += phi.T @ y
     gram.diagonal().add_(_RIDGE * gram.diagonal().mean())
     solution = torch.cholesky_solve(moments, torch.linalg.cholesky(gram)).T.to(layer.weight)
     layer.set_weight_(solution[:, :-1].reshape_as(layer.weight))

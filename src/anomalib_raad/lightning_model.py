@@ -44,7 +44,7 @@ from .post_processing import RaadPostProcessor
 from .pre_processing import RaadPreProcessor
 from .precision import warn_of_slow_precision
 from .quantization.layers import dequantize_, learned_steps, quantizable_layers
-from .quantization.recipe import DEFAULT_THRESHOLDS, Allocation, Outcome, aligned_weights, model_bytes, quantize_
+from .quantization.recipe import DEFAULT_AVERAGE_BITS, Allocation, Outcome, aligned_weights, model_bytes, quantize_
 from .quantization.reconstruction import Reconstruction
 from .report import write_report
 from .stages import Schedule, Stage
@@ -104,13 +104,14 @@ class Raad(AnomalibModule):
         normalize_maps: Normalise the two maps by their quantiles on held-out normal images before averaging them.
         bits: ``None`` lets HQS choose; a number quantizes every inner layer of teacher and student to as many bits; a
             mapping names the bits of single layers.
-        average_bits: HQS chooses by rank instead of thresholds, so that a weight of teacher and student has at most so
-            many bits on average.
+        average_bits: HQS takes bits away from the layers with the lowest scores until a weight of teacher and student
+            has at most so many on average.
         activation_bits: Bits of what enters each layer; ``None``: as many as its weights, the literal reading of the
             paper. 8 cost neither bytes nor time, since integer kernels compute in 8 bits.
         first_last_bits: Bits of the first and last layer of teacher and student.
         autoencoder_bits: Bits of the autoencoder.
-        hqs_thresholds: Limits of phi: scores below the first get 2 bits, then 3, 4, and from the last on 8.
+        hqs_thresholds: Limits of phi, instead of ``average_bits``: scores below the first get 2 bits, then 3, 4, and
+            from the last on 8.
         reconstruction_iterations: Optimizer steps in which a block of teacher or student learns its rounding (BRECQ);
             0 rounds to the nearest grid point. Blocks of 8 bits are always rounded to the nearest.
         learn_steps: Stage 3 learns the quantizers' steps beside the weights (LSQ), at the same learning rate; a step of
@@ -161,11 +162,11 @@ class Raad(AnomalibModule):
         penalty_dir: str | Path | None = None,
         normalize_maps: bool = True,
         bits: int | dict[str, int] | None = None,
-        average_bits: float | None = None,
+        average_bits: float = DEFAULT_AVERAGE_BITS,
         activation_bits: int | None = 8,
         first_last_bits: int = 8,
         autoencoder_bits: int = 8,
-        hqs_thresholds: tuple[float, float, float] = DEFAULT_THRESHOLDS,
+        hqs_thresholds: tuple[float, float, float] | None = None,
         reconstruction_iterations: int = 300,
         fisher: bool = True,
         learn_steps: bool = False,

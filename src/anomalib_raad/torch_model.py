@@ -205,9 +205,10 @@ class RaadModel(nn.Module):
         """Both halves of the student's features of images in [0, 1], ``(N, 2 C, h, w)``."""
         return describe(self.student, _channels_last(image))
 
-    def student_target(self, image: torch.Tensor, size: torch.Size) -> torch.Tensor:
+    def student_target(self, image: torch.Tensor) -> torch.Tensor:
         """What both halves of the student are to predict: normalised teacher and autoencoder, ``(N, 2 C, h, w)``."""
-        return torch.cat([self.normalized_teacher(image), self.autoencode(image, size)], dim=1)
+        teacher = self.normalized_teacher(image)
+        return torch.cat([teacher, self.autoencode(image, teacher.shape[-2:])], dim=1)
 
     def autoencode(self, image: torch.Tensor, size: torch.Size) -> torch.Tensor:
         """The autoencoder's prediction of the normalised teacher, resized to the PDNs' output ``size``."""

@@ -44,12 +44,14 @@ def images() -> list[torch.Tensor]:
 @pytest.mark.parametrize(
     ("allocation", "bits"),
     [
-        (Allocation(bits=4), [8, 4, 8]),
+        (Allocation(), [8, 4, 8]),
+        (Allocation(bits=3), [8, 3, 8]),
+        (Allocation(bits=3, average_bits=1), [8, 3, 8]),
         (Allocation(bits={"1": 3}), [8, 3, 8]),
         (Allocation(bits={"0": 2, "1": 2, "2": 2}), [2, 2, 2]),
         (Allocation(thresholds=(0.97, 0.98, 0.99)), [8, 2, 8]),
         (Allocation(thresholds=(1e-9, 1e-8, 1e-7)), [8, 8, 8]),
-        (Allocation(average_bits=6.5), [8, 4, 8]),
+        (Allocation(average_bits=8), [8, 8, 8]),
     ],
 )
 def test_quantize_gives_teacher_and_student_the_same_bits(
@@ -138,7 +140,6 @@ def test_recorded_inputs_do_not_keep_whole_feature_maps() -> None:
         ({"autoencoder_bits": 1}, "autoencoder_bits is 1"),
         ({"thresholds": (0.5, 0.4, 0.9)}, "three increasing numbers"),
         ({"thresholds": (0.5, 0.6)}, "three increasing numbers"),
-        ({"bits": 4, "average_bits": 5.0}, "both given"),
     ],
 )
 def test_allocation__error(options: dict, message: str) -> None:
@@ -148,7 +149,7 @@ def test_allocation__error(options: dict, message: str) -> None:
 
 def test_allot__error() -> None:
     with pytest.raises(ValueError, match=r"unknown layers \['conv9'\]"):
-        Allocation(bits={"conv9": 4}).allot({"conv1": 0.5, "conv2": 0.5}, {"conv1": 1, "conv2": 1})
+        Allocation(bits={"conv9": 4}, average_bits=8).allot({"conv1": 0.5, "conv2": 0.5}, {"conv1": 1, "conv2": 1})
 
 
 def test_model_bytes_counts_bits_and_floats(images: list[torch.Tensor]) -> None:

@@ -4,8 +4,8 @@
     python -m anomalib_raad.benchmarks.ablation table
 
 All rows of a data set and seed go on from the same first stage, and none takes more steps than another. Most are tested
-after quantization and at the end. HQS chose the same bits for both inner layers wherever it was measured: a row with
-its bits at random would be the same row. The test images are only measured: nothing is chosen by them.
+after quantization and at the end. HQS takes bits from one of the two inner layers: of the two rows that name one, one
+is HQS and the other its random control. The test images are only measured: nothing is chosen by them.
 """
 
 import json
@@ -59,6 +59,8 @@ ROWS = {
     "HQS, plain error": Row({"fisher": False}),
     "HQS, student not restored": Row({"restore_student": False}),
     "HQS, activations too": Row({"activation_bits": None}),
+    "conv2 4": Row({"bits": {"conv2": 4, "conv3": 8}}),
+    "conv3 4": Row({"bits": {"conv2": 8, "conv3": 4}}),
     "LSQ 8/8": Row({"bits": 8, "learn_steps": True, "restore_student": False}),
 }
 """The rows; the longer baseline spends the steps of fine-tuning on further training."""

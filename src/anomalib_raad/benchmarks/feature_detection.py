@@ -27,7 +27,7 @@ from torchvision.transforms.v2.functional import resize
 from tqdm import tqdm
 
 from anomalib_raad import RaadModel
-from anomalib_raad.closed_form import solve_last_layer_
+from anomalib_raad.closed_form import last_input, solve_layer_
 from anomalib_raad.quantization.layers import QuantConv2d, quantizable_layers
 from anomalib_raad.statistics import channel_mean_std
 from anomalib_raad.teacher.features import OFFLINE_BACKBONE, PatchFeatures
@@ -40,6 +40,7 @@ from .testing import set_up_
 Features = Callable[[torch.Tensor], torch.Tensor]  # of images (1, 3, H, W) in [0, 1], with shape (1, C, h, w)
 _SIZE = 256  # of the images that teacher and student see
 _PATCHES = 200  # of each normal image in the bank
+_POSITIONS = 800  # of each normal image, for the last layer of the student
 
 
 class Candidate(NamedTuple):
@@ -187,7 +188,8 @@ def by_student(
     def run(image: torch.Tensor) -> torch.Tensor:
         return describe(student, _resized(image))
 
-    solve_last_layer_(last, run, normal, lambda image, _: described(image), torch.Generator().manual_seed(0))
+    examples = ((last_input(student, _resized(image)), described(image)) for image in normal)
+    solve_layer_(last, examples, _POSITIONS, torch.Generator().manual_seed(0))
     errors = [(described(image) - run(image)).square()[0] for image in tqdm(test, "Errors", leave=False)]
     return {which: torch.stack([error[owned].mean(dim=0).max() for error in errors]) for which, owned in maps.items()}
 

@@ -17,10 +17,10 @@ from .reconstruction import BlockReport, Reconstruction, reconstruct_
 from .scoring import allot_bits, allot_by_budget, layer_scores
 
 K = TypeVar("K")
-DEFAULT_THRESHOLDS = (0.01, 0.03, 0.1)
-"""Limits of phi. The paper gives none. Of all assignments to conv2 and conv3 on ELPV mono and cookies only those with 2
-bits lost more than noise (docs/measurements.md); the scores there lie between 0.04 and 0.07 and so get 4 bits. Cells of
-equal width, (0.25, 0.5, 0.75), would give them 2."""
+DEFAULT_AVERAGE_BITS = 7.5
+"""The most bits a weight of teacher and student has on average: PDN-S and autoencoder then take less than a quarter of
+their bytes in float32. The paper gives no limits for phi, and no fixed ones serve: training and image size change the
+scores threefold (docs/measurements.md). What is left of them is their order."""
 
 _NEAREST = Reconstruction(iterations=0)
 _WINDOW = 64  # side of the image windows for reconstruction: PDN-S turns one into 8x8 outputs
@@ -57,16 +57,16 @@ class Allocation:
             name (``{"conv2": 4}``; HQS decides the others).
         first_last_bits: Bits of the first and last layer of teacher and student, unless ``bits`` names them.
         autoencoder_bits: Bits of the autoencoder's layers: no teacher-student pair exists to score them.
-        thresholds: Limits of phi, see :func:`~.scoring.phi`.
-        average_bits: Instead of phi, the most bits a weight of teacher and student may have on average.
+        thresholds: HQS places the scores by these limits of phi, see :func:`~.scoring.phi`. ``None``: by their rank.
+        average_bits: With the rank, the most bits a weight of teacher and student may have on average.
         activation_bits: Bits of what enters each layer; ``None``: as many as the layer's weights.
     """
 
     bits: int | Mapping[str, int] | None = None
     first_last_bits: int = 8
     autoencoder_bits: int = 8
-    thresholds: tuple[float, float, float] = DEFAULT_THRESHOLDS
-    average_bits: float | None = None
+    thresholds: tuple[float, float, float] | None = None
+    average_bits: float = DEFAULT_AVERAGE_BITS
     activation_bits: int | None = None
 
     def __post_init__(self) -> None:
@@ -77,11 +77,9 @@ class Allocation:
             numbers["activation_bits"] = self.activation_bits
         for name, bits in numbers.items():
             check_bits(name, bits)
-        if len(self.thresholds) != 3 or not 0 < self.thresholds[0] < self.thresholds[1] < self.thresholds[2] < 1:
-            msg = f"hqs_thresholds is {self.thresholds!r}; three increasing numbers between 0 and 1 are needed"
-            raise ValueError(msg)
-        if self.bits is not None and self.average_bits is not None:
-            msg = "bits and average_bits are both given; the one says what the other is to choose, give one"
+        limits = self.thresholds
+        if limits is not None and (len(limits) != 3 or not 0 < limits[0] < limits[1] < limits[2] < 1):
+            msg = f"hqs_thresholds is {limits!r}; three increasing numbers between 0 and 1 are needed"
             raise ValueError(msg)
 
     def allot(self, scores: Mapping[str, float], weights: Mapping[str, int]) -> dict[str, int]:
@@ -95,15 +93,15 @@ class Allocation:
             ValueError: If ``bits`` names a layer that does not exist or ``average_bits`` is out of reach.
         """
         names, values = list(scores), list(scores.values())
-        if self.average_bits is not None:
+        if isinstance(self.bits, int):
+            chosen = [self.first_last_bits, *[self.bits] * (len(names) - 2), self.first_last_bits]
+        elif self.thresholds is not None:
+            chosen = allot_bits(values, self.thresholds, self.first_last_bits)
+        else:
             sizes = [weights[name] for name in names]
             chosen = allot_by_budget(values, sizes, self.average_bits, self.first_last_bits)
-        else:
-            chosen = allot_bits(values, self.thresholds, self.first_last_bits)
         bits = dict(zip(names, chosen, strict=True))
-        if isinstance(self.bits, int):
-            bits.update(dict.fromkeys(names[1:-1], self.bits))
-        elif self.bits is not None:
+        if isinstance(self.bits, Mapping):
             if unknown := set(self.bits) - set(names):
                 msg = f"bits names the unknown layers {sorted(unknown)}; the layers are {names}"
                 raise ValueError(msg)

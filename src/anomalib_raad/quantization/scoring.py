@@ -112,9 +112,9 @@ def allot_by_budget(
     by_score = sorted(range(1, len(scores) - 1), key=scores.__getitem__)
     for fewer in reversed(BITS[:-1]):
         for layer in by_score:
-            if average() > average_bits:
+            if not average() <= average_bits:  # nor if it is not a number
                 bits[layer] = fewer
-    if average() > average_bits:
+    if not average() <= average_bits:
         least = f"with first_last_bits {first_last_bits} at least {average():.2f} are needed"
         msg = f"average_bits is {average_bits}; {least}"
         raise ValueError(msg)

@@ -124,8 +124,8 @@ class Raad(AnomalibModule):
         restore_student: Solve the student's last layer after quantization, so that its differences from teacher and
             autoencoder are what they were before.
         held_out: Share of the normal training images held out for scores and map quantiles, at least one image.
-        calibration_images: At most so many training images serve for the teacher's channel statistics and the
-            quantizers' grids.
+        calibration_images: At most so many training images serve for the teacher's channel statistics, the solved last
+            layer and reconstruction, the first 32 of them for the quantizers' grids.
         pre_processor: Pre-processor, or whether to use the default one.
         post_processor: Post-processor, or whether to use the default one.
         evaluator: Evaluator, or whether to use the default one.

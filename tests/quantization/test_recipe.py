@@ -79,6 +79,18 @@ def test_activation_bits(images: list[torch.Tensor]) -> None:
     assert 16 < len(values) <= 256
 
 
+def test_the_first_calibration_batches_choose_the_grids(
+    images: list[torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    every, first, two = Toy(), Toy(), Toy()
+    quantize_(every, images, images, Allocation())
+    monkeypatch.setattr("anomalib_raad.quantization.recipe._GRID_BATCHES", 2)
+    quantize_(first, images, images, Allocation())
+    quantize_(two, images, images[:2], Allocation())
+    assert torch.equal(first.student[1].input_step, two.student[1].input_step)
+    assert not torch.equal(first.student[1].input_step, every.student[1].input_step)
+
+
 def test_quantize_leaves_no_hooks_behind(images: list[torch.Tensor]) -> None:
     model = Toy()
     quantize_(model, images, images, Allocation())

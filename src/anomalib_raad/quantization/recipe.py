@@ -26,6 +26,7 @@ _NEAREST = Reconstruction(iterations=0)
 _WINDOW = 64  # side of the image windows for reconstruction: PDN-S turns one into 8x8 outputs
 _WINDOW_GRID = 4  # windows start where the feature maps of the whole image have a cell
 _WINDOWS_PER_IMAGE = 8
+_GRID_BATCHES = 32  # of calibration images for the search of the grids: with 64 images they round no better
 _SAMPLES_PER_IMAGE = 4096  # activations kept of each layer and image for the search of its grid
 _POOLING_BITS = 8  # of what enters a pooling: its mean is rounded once more, to the bits of the next layer's input
 _SENSITIVITY_BATCHES = 4  # batches of held-out images; each is run once for every layer and bit-width
@@ -149,7 +150,7 @@ def quantize_(
     Args:
         model: The trained float model in evaluation mode.
         scoring_images: Batches of normal images held out from training, for the scores.
-        calibration_images: Batches of normal images, for the grids of the activations and for reconstruction.
+        calibration_images: Batches of normal images, all for reconstruction, the first for the grids of the activations.
         allocation: Where the bits come from.
         reconstruction: How the blocks of teacher and student are reconstructed.
         seed: Seed of everything drawn.
@@ -181,8 +182,9 @@ def quantize_(
 
     windows = []
     with _recorded_inputs({**layers, **poolings}) as recorded:
-        for images in calibration_images:
-            model(images)
+        for number, images in enumerate(calibration_images):
+            if number < _GRID_BATCHES:
+                model(images)
             if reconstructed:
                 windows.append(_random_windows(images, generator))
     inputs = {place: torch.cat(values) for place, values in recorded.items()}

@@ -150,7 +150,7 @@ def quantize_(
     Args:
         model: The trained float model in evaluation mode.
         scoring_images: Batches of normal images held out from training, for the scores.
-        calibration_images: Batches of normal images, all for reconstruction, the first for the grids of the activations.
+        calibration_images: Batches of normal images: all for reconstruction, the first for the grids of activations.
         allocation: Where the bits come from.
         reconstruction: How the blocks of teacher and student are reconstructed.
         seed: Seed of everything drawn.

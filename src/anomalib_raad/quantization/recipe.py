@@ -20,7 +20,7 @@ K = TypeVar("K")
 DEFAULT_AVERAGE_BITS = 7.5
 """The most bits a weight of teacher and student has on average: PDN-S and autoencoder then take less than a quarter of
 their bytes in float32. The paper gives no limits for phi, and no fixed ones serve: training and image size change the
-scores threefold (docs/measurements.md). What is left of them is their order."""
+scores threefold (docs/measurements.md). What remains is their order."""
 
 _NEAREST = Reconstruction(iterations=0)
 _WINDOW = 64  # side of the image windows for reconstruction: PDN-S turns one into 8x8 outputs

@@ -13,7 +13,7 @@ import torch
 from torch.nn import functional as F  # noqa: N812
 
 from .quantization.layers import QuantConv2d, quantizable_layers
-from .torch_model import STRIDE, RaadModel, describe
+from .torch_model import RaadModel, describe
 
 _RIDGE = 1e-3  # times the mean of the diagonal of the Gram matrix
 _SAMPLES = 48_000  # positions in all; a last layer of PDN-S has 4,097 unknowns a channel
@@ -37,8 +37,7 @@ def restore_student_(model: RaadModel, before: RaadModel, images: Sequence[torch
         S_q(I) = S(I) + T_q(I) - T(I),   and the second half likewise with the autoencoder in the teacher's place.
 
     The quantization errors of the inner layers are part of ``phi``, so the solution avoids the directions in which they
-    are large. What training has taught the student stays. Of large images fewer take part with more positions each:
-    both models have to run on every one of them, and few lose little (docs/measurements.md).
+    are large. What training has taught the student stays.
 
     Args:
         model: Quantized model in evaluation mode whose teacher statistics are set.
@@ -51,8 +50,7 @@ def restore_student_(model: RaadModel, before: RaadModel, images: Sequence[torch
         discrepancy = before.student_features(image) - before.student_target(image)
         return model.student_target(image) + discrepancy
 
-    enough = math.ceil(2 * _SAMPLES * STRIDE**2 / images[0][0, 0].numel())  # half of each image's positions
-    _solve(model, images[:enough], target, seed)
+    _solve(model, images, target, seed)
 
 
 def _solve(

@@ -31,6 +31,7 @@ VALID = {
     "lambda_ae": weight,
     "normalize_maps": st.booleans(),
     "bits": st.none() | bits | st.dictionaries(st.sampled_from(["conv1", "conv2", "conv3", "conv4"]), bits),
+    "average_bits": st.floats(2, 8),
     "first_last_bits": bits,
     "autoencoder_bits": bits,
     "hqs_thresholds": st.lists(st.floats(0.001, 0.999), min_size=3, max_size=3, unique=True).map(sorted).map(tuple),

@@ -165,7 +165,7 @@ class RaadModel(nn.Module):
         autoencoder = self.autoencode(augmented, student.shape[-2:])
         penalty = None
         if penalty_image is not None:
-            penalty = describe(self.student, _channels_last(penalty_image), to_teacher).float().square().mean()
+            penalty = describe(self.student, penalty_image, to_teacher).float().square().mean()
         return Losses(
             st=hard_feature_loss(target, describe(self.student, image, to_teacher), self.p_hard),
             stae=squared_difference(autoencoder, student).mean(),
@@ -195,7 +195,7 @@ class RaadModel(nn.Module):
 
     def teacher_features(self, image: torch.Tensor) -> torch.Tensor:
         """Teacher features of images in [0, 1], ``(N, C, h, w)``."""
-        return describe(self.teacher, _channels_last(image))
+        return describe(self.teacher, image)
 
     def normalized_teacher(self, image: torch.Tensor) -> torch.Tensor:
         """Teacher features with mean 0 and deviation 1 in each channel on normal images, ``(N, C, h, w)``."""
@@ -203,7 +203,7 @@ class RaadModel(nn.Module):
 
     def student_features(self, image: torch.Tensor) -> torch.Tensor:
         """Both halves of the student's features of images in [0, 1], ``(N, 2 C, h, w)``."""
-        return describe(self.student, _channels_last(image))
+        return describe(self.student, image)
 
     def student_target(self, image: torch.Tensor) -> torch.Tensor:
         """What both halves of the student are to predict: normalised teacher and autoencoder, ``(N, 2 C, h, w)``."""
@@ -224,7 +224,6 @@ class RaadModel(nn.Module):
         After the ReLU for the inner layers; for the last one the normalised teacher. Where the student is twice as
         wide, its first half counts, the one that learns the teacher.
         """
-        image = _channels_last(image)
         teacher: list[torch.Tensor] = []
         student: list[torch.Tensor] = []
         teacher.append(self._normalize(describe(self.teacher, image, taps=teacher)))
@@ -268,7 +267,7 @@ def describe(
     pools = [
         pdn.get_submodule(name) for name in ("avgpool1", "avgpool2")
     ]  # after the first two convolutions of either size
-    x = image
+    x = _channels_last(image)
     for depth, layer in enumerate(inner):
         x = F.relu(layer(x), inplace=True)
         if taps is not None:

@@ -5,6 +5,7 @@
 
 The test images are only measured: nothing is chosen by them. The clock runs from the start of the fit, with everything
 a model does before its first step and would do if its training ended here, and stands still while the model is tested.
+Where solving the student's last layer would end the training, ``trained_`` are the results without.
 It counts the seconds that processors spend on the training process: with one thread those of an idle core, whatever
 else the machine does. Leave the data loader without workers, whose seconds it would not see.
 """
@@ -15,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import matplotlib.pyplot as plt
 import pandas as pd
@@ -72,9 +73,13 @@ class LearningCurve(Callback):
     def _test(self, trainer: Any, module: Any) -> None:  # noqa: ANN401
         stopped = time.process_time()
         self._seconds += stopped - self._resumed
-        with _evaluating(module), trainer.precision_plugin.forward_context(), _ending(module):
-            seconds = self._seconds + time.process_time() - stopped
-            scores = _test(module, trainer.datamodule)
+        with _evaluating(module), trainer.precision_plugin.forward_context():
+            with _ending(module):
+                seconds = self._seconds + time.process_time() - stopped
+                scores = _test(module, trainer.datamodule)
+            if _solves(module):
+                as_trained = _test(module, trainer.datamodule)
+                scores |= {f"trained_{name}": value for name, value in as_trained.items()}
         self.points.append({"step": trainer.global_step, "seconds": seconds, **scores})
         self._resumed = time.process_time()
 
@@ -90,13 +95,17 @@ def _evaluating(module: AnomalibModule) -> Iterator[None]:
 @contextmanager
 def _ending(module: AnomalibModule) -> Iterator[None]:
     """Raad as it would be if its first stage ended here."""
-    if not (isinstance(module, Raad) and module.hparams["closed_form"]):
+    if not _solves(module):
         yield
         return
     trained = deepcopy(module.model.student.state_dict())
     module.solve_student()
     yield
     module.model.student.load_state_dict(trained)
+
+
+def _solves(module: AnomalibModule) -> TypeGuard[Raad]:
+    return isinstance(module, Raad) and bool(module.hparams["closed_form"])
 
 
 def _test(module: Any, datamodule: Any) -> dict[str, float]:  # noqa: ANN401

@@ -110,7 +110,7 @@ def untrained(cells):
     model = RaadModel().eval()
     load_teacher_(model.teacher, "bundled", "small")
     images = [read_image(path, as_tensor=True)[None, :, :128, :128] for path in sorted(cells.glob("train/*"))]
-    model.set_teacher_statistics_(images)
+    model.set_teacher_statistics_(map(model.teacher_features, images))
     return model, images
 
 

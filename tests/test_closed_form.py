@@ -46,7 +46,7 @@ def test_solving_the_student_lowers_both_its_losses_and_leaves_its_inner_layers(
     with torch.no_grad():
         torch.manual_seed(1)  # both times the same augmentation
         random = [model.losses(image) for image in images]
-        solve_student_(model, images, seed=0)
+        solve_student_(model, images, map(model.teacher_features, images), seed=0)
         torch.manual_seed(1)
         solved = [model.losses(image) for image in images]
         energy = sum(model.autoencode(image, (24, 24)).square().mean() for image in images)
@@ -60,17 +60,17 @@ def test_solving_the_student_lowers_both_its_losses_and_leaves_its_inner_layers(
 def test_restoring_mends_what_quantization_did(untrained) -> None:
     """At 3 bits the maps of normal images grow; afterwards they are close to what they were."""
     model, images = untrained
-    solve_student_(model, images, seed=0)
+    solve_student_(model, images, map(model.teacher_features, images), seed=0)
     before = deepcopy(model)
     quantize_(model, images, images, Allocation(bits=3))
-    model.set_teacher_statistics_(images)
+    model.set_teacher_statistics_(map(model.teacher_features, images))
 
     def mean_map(some: RaadModel) -> float:
         with torch.no_grad():
             return float(sum(some.maps(image)[0].mean() for image in images))
 
     float_map, quantized_map = mean_map(before), mean_map(model)
-    restore_student_(model, before, images, seed=0)
+    restore_student_(model, before, images, map(model.teacher_features, images), seed=0)
     assert quantized_map - float_map > 4 * abs(mean_map(model) - float_map)
     *_, last = quantizable_layers(model.student).values()
     assert last.bits == 8
@@ -81,11 +81,11 @@ def test_restoring_mends_what_quantization_did(untrained) -> None:
 def test_restoring_a_model_that_is_not_quantized_keeps_its_discrepancies(untrained) -> None:
     """Whatever training has left between student and teacher is part of the model."""
     model, images = untrained
-    solve_student_(model, images, seed=0)
+    solve_student_(model, images, map(model.teacher_features, images), seed=0)
     with torch.no_grad():  # a trained student says other things than the regression
         model.student.conv4.bias += 0.5
         before = deepcopy(model)
         expected = [before.maps(image)[0].mean() for image in images]
-        restore_student_(model, before, images, seed=0)
+        restore_student_(model, before, images, map(model.teacher_features, images), seed=0)
         for image, value in zip(images, expected, strict=True):
             torch.testing.assert_close(model.maps(image)[0].mean(), value, rtol=0.1, atol=0)

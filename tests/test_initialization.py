@@ -9,7 +9,7 @@ def test_only_the_autoencoder_learns(untrained) -> None:
     torch.manual_seed(1)  # both times the same augmentation
     with torch.no_grad():
         random = sum(model.losses(image).ae for image in images)
-    train_autoencoder_(model, images, seed=0, steps=8)
+    train_autoencoder_(model, images, map(model.teacher_features, images), seed=0, steps=8)
     torch.manual_seed(1)
     with torch.no_grad():
         assert sum(model.losses(image).ae for image in images) < random
@@ -25,7 +25,7 @@ def test_autoencoder_learns_the_same_in_autocast(untrained, monkeypatch) -> None
     for bfloat16 in (False, True):
         model.ae.load_state_dict(start, strict=False)
         with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
-            train_autoencoder_(model, images, seed=0, steps=4)
+            train_autoencoder_(model, images, map(model.teacher_features, images), seed=0, steps=4)
         moved.append(torch.cat([(p - start[n]).flatten() for n, p in model.ae.named_parameters()]))
     assert torch.cosine_similarity(*moved, dim=0) > 0.9
 
@@ -33,6 +33,6 @@ def test_autoencoder_learns_the_same_in_autocast(untrained, monkeypatch) -> None
 def test_training_the_autoencoder_leaves_the_random_numbers_alone(untrained) -> None:
     model, images = untrained
     state = torch.get_rng_state()
-    train_autoencoder_(model, images, seed=0, steps=1)
+    train_autoencoder_(model, images, map(model.teacher_features, images), seed=0, steps=1)
     assert torch.equal(torch.get_rng_state(), state)
     assert not model.ae.training

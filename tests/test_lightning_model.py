@@ -260,15 +260,18 @@ def test_the_datamodule_is_given_back(cell_data, small_raad, engine) -> None:
     assert len(data.train_dataloader()) == 5
 
 
-@pytest.mark.parametrize(("augmentations", "expected"), [(None, [1]), (RandomHorizontalFlip(), [0])])
-def test_teacher_features_are_kept_without_augmentations(
-    cell_data, small_raad, engine, augmentations, expected
+@pytest.mark.parametrize(("augmentations", "passes"), [(None, 1), (RandomHorizontalFlip(), 2)])
+def test_the_teacher_sees_an_unaugmented_image_once(
+    cell_data, small_raad, engine, monkeypatch, augmentations, passes
 ) -> None:
-    model, kept = small_raad(), []
-    count = LambdaCallback(on_train_batch_end=lambda *_: kept.append(len(model._teacher_features._features)))
-    data = cell_data(train_augmentations=augmentations)
-    engine(max_steps=9, logger=False, callbacks=[StopAfter(1), count]).fit(model, datamodule=data)
-    assert kept == expected
+    """For statistics, the autoencoder's first steps, the joint ones and the solution."""
+    monkeypatch.setattr("anomalib_raad.lightning_model.AUTOENCODER_STEPS", 1)
+    seen, features = [], RaadModel.teacher_features
+    monkeypatch.setattr(RaadModel, "teacher_features", lambda *args: seen.append(args) or features(*args))
+    solve = LambdaCallback(on_train_batch_end=lambda _, model, *__: model.solve_student())
+    data, callbacks = cell_data(train_augmentations=augmentations), [StopAfter(3), solve]
+    engine(max_steps=9, logger=False, callbacks=callbacks).fit(small_raad(closed_form=True), datamodule=data)
+    assert len(seen) == 4 + 3 * passes
 
 
 def test_an_unfinished_run_is_announced(cell_data, small_raad, engine, caplog) -> None:

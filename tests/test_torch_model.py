@@ -24,7 +24,7 @@ def twin_of_efficientad(padding: bool, size: str = "small") -> tuple[RaadModel, 
         network = getattr(raad, name)
         state = {key: value for key, value in network.state_dict().items() if key.endswith(("weight", "bias"))}
         getattr(twin, name).load_state_dict(state)
-    raad.set_teacher_statistics_([torch.rand(1, 3, 256, 256)])
+    raad.set_teacher_statistics_([raad.teacher_features(torch.rand(1, 3, 256, 256))])
     twin.mean_std["mean"].data.copy_(raad.teacher_mean)
     twin.mean_std["std"].data.copy_(raad.teacher_std)
     return raad, twin
@@ -72,7 +72,7 @@ def test_losses_and_gradients_are_efficientads(monkeypatch: pytest.MonkeyPatch) 
 
 def test_known_teacher_features_change_nothing() -> None:
     model, image = RaadModel().train(), torch.rand(2, 3, 64, 64)
-    model.set_teacher_statistics_([image])
+    model.set_teacher_statistics_([model.teacher_features(image)])
     losses = []
     for features in (None, model.teacher_features(image)):
         torch.manual_seed(0)

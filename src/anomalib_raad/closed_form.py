@@ -6,11 +6,12 @@
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import cast
 
 import torch
 from torch.nn import functional as F  # noqa: N812
+from tqdm import tqdm
 
 from .quantization.layers import QuantConv2d, quantizable_layers
 from .torch_model import RaadModel, describe
@@ -20,18 +21,31 @@ _SAMPLES = 48_000  # positions in all; a last layer of PDN-S has 4,097 unknowns 
 _ROWS = 512  # of the Gram matrix at a time
 
 
-def solve_student_(model: RaadModel, images: Sequence[torch.Tensor], seed: int) -> None:
+def solve_student_(
+    model: RaadModel,
+    images: Sequence[torch.Tensor],
+    teacher_features: Iterable[torch.Tensor],
+    seed: int,
+) -> None:
     """Solve the student's last layer for teacher (first half) and autoencoder (second half), in place.
 
     Args:
         model: Model in evaluation mode whose teacher statistics are set.
         images: Normal images, each of shape ``(1, 3, H, W)`` in [0, 1].
+        teacher_features: :meth:`~.RaadModel.teacher_features` of each.
         seed: Seed of the positions that are sampled.
     """
-    _solve(model, images, model.student_target, seed)
+    bar = tqdm(images, "Solving the student's last layer", leave=False)
+    _solve(model, images, map(model.student_target, bar, teacher_features), seed)
 
 
-def restore_student_(model: RaadModel, before: RaadModel, images: Sequence[torch.Tensor], seed: int) -> None:
+def restore_student_(
+    model: RaadModel,
+    before: RaadModel,
+    images: Sequence[torch.Tensor],
+    teacher_features: Iterable[torch.Tensor],
+    seed: int,
+) -> None:
     """Solve the student's last layer so that its discrepancies are what they were before quantization, in place.
 
         S_q(I) = S(I) + T_q(I) - T(I),   and the second half likewise with the autoencoder in the teacher's place.
@@ -43,29 +57,23 @@ def restore_student_(model: RaadModel, before: RaadModel, images: Sequence[torch
         model: Quantized model in evaluation mode whose teacher statistics are set.
         before: The model before quantization.
         images: Normal images, each of shape ``(1, 3, H, W)`` in [0, 1].
+        teacher_features: :meth:`~.RaadModel.teacher_features` of each, of the quantized teacher.
         seed: Seed of the positions that are sampled.
     """
 
-    def target(image: torch.Tensor) -> torch.Tensor:
+    def target(image: torch.Tensor, known: torch.Tensor) -> torch.Tensor:
         discrepancy = before.student_features(image) - before.student_target(image)
-        return model.student_target(image) + discrepancy
+        return model.student_target(image, known) + discrepancy
 
-    _solve(model, images, target, seed)
+    bar = tqdm(images, "Restoring the student's last layer", leave=False)
+    _solve(model, images, map(target, bar, teacher_features), seed)
 
 
-def _solve(
-    model: RaadModel,
-    images: Sequence[torch.Tensor],
-    target: Callable[[torch.Tensor], torch.Tensor],
-    seed: int,
-) -> None:
-    def examples() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        for image in images:
-            yield last_input(model.student, image), target(image)
-
+def _solve(model: RaadModel, images: Sequence[torch.Tensor], targets: Iterable[torch.Tensor], seed: int) -> None:
     *_, last = quantizable_layers(model.student).values()
+    inputs = (last_input(model.student, image) for image in images)
     samples = math.ceil(_SAMPLES / len(images))
-    solve_layer_(last, examples(), samples, torch.Generator().manual_seed(seed))
+    solve_layer_(last, zip(inputs, targets, strict=True), samples, torch.Generator().manual_seed(seed))
 
 
 def last_input(pdn: torch.nn.Module, image: torch.Tensor) -> torch.Tensor:

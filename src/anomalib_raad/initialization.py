@@ -1,10 +1,10 @@
 """The autoencoder's first steps: it needs the most and is a twentieth of a joint step, so it takes some by itself."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch.nn import functional as F  # noqa: N812
-from tqdm import trange
+from tqdm import tqdm, trange
 
 from .losses import squared_difference
 from .torch_model import RaadModel
@@ -16,16 +16,24 @@ _AE_BATCH, _AE_LR, _AE_WARM_UP = 8, 1e-3, 50
 _AE_CELLS = 64  # the autoencoder's output has no more cells a side, so neither need its target
 
 
-def train_autoencoder_(model: RaadModel, images: Sequence[torch.Tensor], seed: int, steps: int) -> None:
+def train_autoencoder_(
+    model: RaadModel,
+    images: Sequence[torch.Tensor],
+    teacher_features: Iterable[torch.Tensor],
+    seed: int,
+    steps: int,
+) -> None:
     """Minimise L_tae alone for some steps, without augmentation, so that the teacher sees each image only once.
 
     Args:
         model: Model in evaluation mode whose teacher statistics are set.
         images: Normal images of one size, each of shape ``(1, 3, H, W)`` in [0, 1].
+        teacher_features: :meth:`~.RaadModel.teacher_features` of each.
         seed: Seed of batches and dropout.
         steps: Optimizer steps.
     """
-    targets = torch.cat([_autoencoder_target(model, image) for image in images])
+    known = zip(tqdm(images, "The autoencoder's targets", leave=False), teacher_features, strict=True)
+    targets = torch.cat([_autoencoder_target(model.normalized_teacher(*pair)) for pair in known])
     optimizer = torch.optim.Adam(model.ae.parameters(), lr=_AE_LR)
     warm_up = torch.optim.lr_scheduler.LinearLR(optimizer, 1 / _AE_WARM_UP, total_iters=_AE_WARM_UP)
     devices = [targets.device] if targets.is_cuda else []
@@ -43,8 +51,6 @@ def train_autoencoder_(model: RaadModel, images: Sequence[torch.Tensor], seed: i
     model.ae.eval()
 
 
-@torch.no_grad()
-def _autoencoder_target(model: RaadModel, image: torch.Tensor) -> torch.Tensor:
-    features = model.normalized_teacher(image)
+def _autoencoder_target(features: torch.Tensor) -> torch.Tensor:
     size = [min(side, _AE_CELLS) for side in features.shape[-2:]]
     return F.interpolate(features, size=size, mode="bilinear", align_corners=False).to(torch.bfloat16)

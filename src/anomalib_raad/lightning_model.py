@@ -273,19 +273,16 @@ class Raad(AnomalibModule):
         self._limit_val_batches, self.trainer.limit_val_batches = self.trainer.limit_val_batches, 0
 
     def _prepare_model(self) -> None:
-        originals = self._images.plain(self._images.kept[: self.hparams["calibration_images"]])
-        self.seen = ranges(image[0] for image in originals)
-        with self.trainer.precision_plugin.forward_context():
+        self.seen = ranges(image[0] for image in self._images.plain(self._calibration_indices))
+        with self._evaluating(), self.trainer.precision_plugin.forward_context():
             self._set_teacher_statistics()
             if self.hparams["closed_form"]:
-                with self._evaluating():
-                    images = list(self._calibration_images("Images for the autoencoder's first steps"))
-                    steps = min(AUTOENCODER_STEPS, self.schedule.train_steps)
-                    train_autoencoder_(self.model, images, int(self.run_seed), steps)
+                steps = min(AUTOENCODER_STEPS, self.schedule.train_steps)
+                train_autoencoder_(self.model, *self._calibration_features(), int(self.run_seed), steps)
 
     def _set_teacher_statistics(self) -> None:
-        with self._evaluating():
-            self.model.set_teacher_statistics_(self._calibration_images("Teacher statistics"))
+        images, features = self._calibration_features()
+        self.model.set_teacher_statistics_(tqdm(features, "Teacher statistics", total=len(images), leave=False))
 
     def configure_optimizers(self) -> Any:  # noqa: ANN401  # one of the many forms Lightning takes
         """Adam on student and autoencoder, with a learning rate for each stage."""
@@ -319,11 +316,11 @@ class Raad(AnomalibModule):
         if self.schedule.stage(self.global_step) is Stage.TRAIN:
             return
         if "quantized" not in self._stages:
-            self._teacher_features.clear()
             if self.hparams["closed_form"] and "trained" not in self._stages:
                 self._once(self.solve_student)
             self._end_stage("trained", self.global_step)
             self._once(self._quantize)
+            self._teacher_features.clear()  # its poolings read 8 bits here, floats while stage 3 trains
             self.trainer.optimizers[0].state.clear()  # stage 3 starts with a fresh Adam
             self._end_stage("quantized", self.global_step)
         if self.hparams["finetune_float"] and self.model.quantized:
@@ -422,25 +419,23 @@ class Raad(AnomalibModule):
     def solve_student(self) -> None:
         """Solve the student's last layer for the features as they are now, during a fit."""
         with self._evaluating(), self.trainer.precision_plugin.forward_context():
-            images = list(self._calibration_images("Images for the student's last layer"))
-            solve_student_(self.model, images, int(self.run_seed))
+            solve_student_(self.model, *self._calibration_features(), int(self.run_seed))
 
     def _quantize(self) -> None:
-        before = deepcopy(self.model)
         with self._evaluating(), self.trainer.precision_plugin.forward_context():
+            before = deepcopy(self.model)
             self._outcome = quantize_(
                 self.model,
-                self._held_out_images("Hierarchical quantization scoring"),
-                self._calibration_images("Quantizer calibration"),
+                self._plain_images(self._images.held_out, "Hierarchical quantization scoring"),
+                self._plain_images(self._calibration_indices, "Quantizer calibration"),
                 self.allocation,
                 self.reconstruction,
                 int(self.run_seed),
             )
-        self._set_teacher_statistics()
-        if self.hparams["restore_student"]:
-            with self._evaluating(), self.trainer.precision_plugin.forward_context():
-                images = list(self._calibration_images("Images for restoring the student"))
-                restore_student_(self.model, before.eval(), images, int(self.run_seed))
+            self._teacher_features.clear()
+            self._set_teacher_statistics()
+            if self.hparams["restore_student"]:
+                restore_student_(self.model, before, *self._calibration_features(), int(self.run_seed))
         bits = {name: layer.bits for name, layer in quantizable_layers(self.model.teacher).items()}
         logger.info("Raad: bits of teacher and student %s, scores %s", bits, self._outcome.scores)
 
@@ -461,9 +456,11 @@ class Raad(AnomalibModule):
             The mean of either unnormalised map on the held-out normal images, and its attention bias where there are
             two or more images of one size.
         """
+        images, maps = [], []
         with self._evaluating():
-            images = list(self._held_out_images("Map quantiles"))
-            maps = [torch.stack(self.model.maps(image)) for image in images]
+            for image in self._plain_images(self._images.held_out, "Map quantiles"):
+                images.append(image)
+                maps.append(torch.stack(self.model.maps(image)))
         values = np.concatenate([pair.flatten(1).float().cpu().numpy() for pair in maps], axis=1)
         if self.hparams["normalize_maps"]:
             low, high = np.quantile(values, [0.9, 0.995], axis=1)
@@ -508,11 +505,15 @@ class Raad(AnomalibModule):
             torch.manual_seed(int(np.random.SeedSequence(numbers).generate_state(1)[0]))
             yield
 
-    def _held_out_images(self, description: str) -> Iterator[torch.Tensor]:
-        return self._plain_images(self._images.held_out, description)
+    @property
+    def _calibration_indices(self) -> list[int]:
+        return self._images.kept[: self.hparams["calibration_images"]]
 
-    def _calibration_images(self, description: str) -> Iterator[torch.Tensor]:
-        return self._plain_images(self._images.kept[: self.hparams["calibration_images"]], description)
+    def _calibration_features(self) -> tuple[list[torch.Tensor], Iterator[torch.Tensor]]:
+        """The calibration images and their teacher features, of which those not known are computed one by one."""
+        images = list(self._plain_images(self._calibration_indices, "Reading the calibration images"))
+        paths = self._images.paths(self._calibration_indices)
+        return images, (self._teacher_features([path], image) for path, image in zip(paths, images, strict=True))
 
     def _plain_images(self, indices: Sequence[int], description: str) -> Iterator[torch.Tensor]:
         transform = cast("PreProcessor", self.pre_processor).transform if self.pre_processor else None

@@ -158,8 +158,8 @@ class RaadModel(nn.Module):
         image = _channels_last(image)
         augmented = _channels_last(augment(image))
         with torch.no_grad():
-            known = self.teacher_features(image) if teacher_features is None else teacher_features
-            target, augmented_target = self._normalize(known), self.normalized_teacher(augmented)
+            target = self.normalized_teacher(image, teacher_features)
+            augmented_target = self.normalized_teacher(augmented)
 
         student = describe(self.student, augmented, to_autoencoder)
         autoencoder = self.autoencode(augmented, student.shape[-2:])
@@ -197,17 +197,17 @@ class RaadModel(nn.Module):
         """Teacher features of images in [0, 1], ``(N, C, h, w)``."""
         return describe(self.teacher, image)
 
-    def normalized_teacher(self, image: torch.Tensor) -> torch.Tensor:
+    def normalized_teacher(self, image: torch.Tensor, teacher_features: torch.Tensor | None = None) -> torch.Tensor:
         """Teacher features with mean 0 and deviation 1 in each channel on normal images, ``(N, C, h, w)``."""
-        return self._normalize(self.teacher_features(image))
+        return self._normalize(self.teacher_features(image) if teacher_features is None else teacher_features)
 
     def student_features(self, image: torch.Tensor) -> torch.Tensor:
         """Both halves of the student's features of images in [0, 1], ``(N, 2 C, h, w)``."""
         return describe(self.student, image)
 
-    def student_target(self, image: torch.Tensor) -> torch.Tensor:
+    def student_target(self, image: torch.Tensor, teacher_features: torch.Tensor | None = None) -> torch.Tensor:
         """What both halves of the student are to predict: normalised teacher and autoencoder, ``(N, 2 C, h, w)``."""
-        teacher = self.normalized_teacher(image)
+        teacher = self.normalized_teacher(image, teacher_features)
         return torch.cat([teacher, self.autoencode(image, teacher.shape[-2:])], dim=1)
 
     def autoencode(self, image: torch.Tensor, size: torch.Size) -> torch.Tensor:
@@ -235,9 +235,9 @@ class RaadModel(nn.Module):
         return pdn_blocks(network)
 
     @torch.no_grad()
-    def set_teacher_statistics_(self, images: Iterable[torch.Tensor]) -> None:
-        """Compute the teacher's channel mean and standard deviation over batches of normal images."""
-        mean, std = channel_mean_std(self.teacher_features(image) for image in images)
+    def set_teacher_statistics_(self, teacher_features: Iterable[torch.Tensor]) -> None:
+        """Compute the channels' mean and standard deviation of :meth:`teacher_features` of normal images."""
+        mean, std = channel_mean_std(teacher_features)
         self.teacher_mean.copy_(mean)
         self.teacher_std.copy_(std)
         self.teacher_normalized.fill_(value=True)

@@ -94,6 +94,10 @@ class NormalImages:
         for index in indices:
             yield self._collate([self._plain[index]]).image
 
+    def paths(self, indices: Sequence[int]) -> list[str]:
+        """Paths of images, as the batches of training name them."""
+        return self._plain.samples.image_path.iloc[list(indices)].tolist()
+
     def take_over_training(self, position: Callable[[], int], rank: int, world_size: int) -> None:
         """Let the datamodule train on the kept images, in an order that can be resumed, until :meth:`release`."""
         self.release()

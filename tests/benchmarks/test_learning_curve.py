@@ -18,7 +18,7 @@ def test_raads_first_stage_is_measured_once(cell_data, small_raad, tmp_path) -> 
     (path,) = (tmp_path / "curves").glob("*.json")
     run = json.loads(path.read_text())
     assert [point["step"] for point in run["points"]] == STEPS
-    assert all(0 <= point["image_AUROC"] <= 1 for point in run["points"])
+    assert all(0 <= point["image_AUROC"] <= 1 and point["held_out_map_st"] > 0 for point in run["points"])
     seconds = [point["seconds"] for point in run["points"]]
     assert seconds == sorted(seconds)
 

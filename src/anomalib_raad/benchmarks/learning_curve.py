@@ -109,9 +109,14 @@ def _solves(module: AnomalibModule) -> TypeGuard[Raad]:
 
 
 def _test(module: Any, datamodule: Any) -> dict[str, float]:  # noqa: ANN401
-    """Normalise the maps on normal images that do not train, as each model does, and test."""
+    """Normalise the maps on normal images that do not train, as each model does, and test.
+
+    Returns:
+        The test's metrics and, for Raad, what :meth:`~.Raad.normalize_maps` found on the held-out normal images.
+    """
+    figures: dict[str, float] = {}
     if isinstance(module, Raad):
-        module.normalize_maps()
+        figures = module.normalize_maps()
     else:
         module.model.quantiles.update(module.map_norm_quantiles(datamodule.val_dataloader()))
     metrics, squashing = ranking_metrics(), SquashingPostProcessor()
@@ -123,7 +128,7 @@ def _test(module: Any, datamodule: Any) -> dict[str, float]:  # noqa: ANN401
         squashing.post_process_batch(predicted)
         for metric in metrics:
             metric.update(predicted)
-    return {str(metric.name): float(metric.compute()) for metric in metrics if metric.update_called}
+    return figures | {str(metric.name): float(metric.compute()) for metric in metrics if metric.update_called}
 
 
 def measure(

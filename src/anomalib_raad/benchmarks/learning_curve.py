@@ -5,9 +5,10 @@
 
 The test images are only measured: nothing is chosen by them. The clock runs from the start of the fit, with everything
 a model does before its first step and would do if its training ended here, and stands still while the model is tested.
-Where solving the student's last layer would end the training, ``trained_`` are the results without.
 It counts the seconds that processors spend on the training process: with one thread those of an idle core, whatever
 else the machine does. Leave the data loader without workers, whose seconds it would not see.
+
+Where solving the student's last layer would end the training, ``trained_`` are the results without.
 """
 
 import json

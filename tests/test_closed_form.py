@@ -6,9 +6,14 @@ import torch
 from torch import nn
 
 from anomalib_raad import RaadModel
-from anomalib_raad.closed_form import restore_student_, solve_layer_, solve_student_
+from anomalib_raad.closed_form import restore_student_, sample, solve_layer_, solve_student_, student_discrepancies
 from anomalib_raad.quantization.layers import make_quantizable_, quantizable_layers
 from anomalib_raad.quantization.recipe import Allocation, quantize_
+
+
+def everywhere(layer, images, targets):
+    """Examples at all positions of the output, of which there are fewer than 500."""
+    return (sample(layer, *pair, 500, torch.Generator()) for pair in zip(images, targets, strict=True))
 
 
 def test_a_linear_target_is_found() -> None:
@@ -16,7 +21,7 @@ def test_a_linear_target_is_found() -> None:
     images = list(torch.rand(4, 1, 3, 20, 20))
     truth, network = nn.Conv2d(3, 5, 3), make_quantizable_(nn.Sequential(nn.Conv2d(3, 5, 3)))
     with torch.no_grad():
-        solve_layer_(network[0], ((image, truth(image)) for image in images), 500, torch.Generator())
+        solve_layer_(network[0], everywhere(network[0], images, map(truth, images)))
         for image in images:
             torch.testing.assert_close(network(image), truth(image), rtol=0, atol=0.01)
 
@@ -28,7 +33,7 @@ def test_solution_equals_numpys_ridge_regression(padding: int, monkeypatch: pyte
     layer = make_quantizable_(nn.Sequential(nn.Conv2d(2, 4, 3, padding=padding)))[0]
     targets = [torch.randn_like(layer(image)).detach() for image in images]
     monkeypatch.setattr("anomalib_raad.closed_form._ROWS", 7)  # of 19, so that there are blocks beside the diagonal
-    solve_layer_(layer, zip(images, targets, strict=True), 500, torch.Generator())
+    solve_layer_(layer, everywhere(layer, images, targets))
 
     rows = [nn.functional.unfold(image, 3, padding=padding)[0].T.numpy() for image in images]
     phi = np.concatenate(rows).astype(np.float64)
@@ -62,6 +67,7 @@ def test_restoring_mends_what_quantization_did(untrained) -> None:
     model, images = untrained
     solve_student_(model, images, map(model.teacher_features, images), seed=0)
     before = deepcopy(model)
+    discrepancies = student_discrepancies(model, images, map(model.teacher_features, images), seed=0)
     quantize_(model, images, images, Allocation(bits=3))
     model.set_teacher_statistics_(map(model.teacher_features, images))
 
@@ -70,7 +76,7 @@ def test_restoring_mends_what_quantization_did(untrained) -> None:
             return float(sum(some.maps(image)[0].mean() for image in images))
 
     float_map, quantized_map = mean_map(before), mean_map(model)
-    restore_student_(model, before, images, map(model.teacher_features, images), seed=0)
+    restore_student_(model, discrepancies, images, map(model.teacher_features, images), seed=0)
     assert quantized_map - float_map > 4 * abs(mean_map(model) - float_map)
     *_, last = quantizable_layers(model.student).values()
     assert last.bits == 8
@@ -84,8 +90,11 @@ def test_restoring_a_model_that_is_not_quantized_keeps_its_discrepancies(untrain
     solve_student_(model, images, map(model.teacher_features, images), seed=0)
     with torch.no_grad():  # a trained student says other things than the regression
         model.student.conv4.bias += 0.5
-        before = deepcopy(model)
-        expected = [before.maps(image)[0].mean() for image in images]
-        restore_student_(model, before, images, map(model.teacher_features, images), seed=0)
+        expected = [model.maps(image)[0].mean() for image in images]
+        discrepancies = student_discrepancies(model, images, map(model.teacher_features, images), seed=0)
+        for image, rows in zip(images, discrepancies, strict=True):  # at all positions, in another order
+            difference = model.student_features(image) - model.student_target(image)
+            torch.testing.assert_close(rows.square().sum(0), difference.square().sum((0, 2, 3)), rtol=1e-3, atol=1e-3)
+        restore_student_(model, discrepancies, images, map(model.teacher_features, images), seed=0)
         for image, value in zip(images, expected, strict=True):
             torch.testing.assert_close(model.maps(image)[0].mean(), value, rtol=0.1, atol=0)

@@ -6,7 +6,7 @@
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import cast
 
 import torch
@@ -35,13 +35,39 @@ def solve_student_(
         teacher_features: :meth:`~.RaadModel.teacher_features` of each.
         seed: Seed of the positions that are sampled.
     """
-    bar = tqdm(images, "Solving the student's last layer", leave=False)
-    _solve(model, images, map(model.student_target, bar, teacher_features), seed)
+    examples = _examples(model, images, teacher_features, seed)
+    bar = tqdm(examples, "Solving the student's last layer", total=len(images), leave=False)
+    solve_layer_(_last(model), bar)
+
+
+@torch.no_grad()
+def student_discrepancies(
+    model: RaadModel,
+    images: Sequence[torch.Tensor],
+    teacher_features: Iterable[torch.Tensor],
+    seed: int,
+) -> list[torch.Tensor]:
+    """What the student says less what it is to say, at the positions that :func:`solve_student_` samples.
+
+    Args:
+        model: Model in evaluation mode whose teacher statistics are set.
+        images: Normal images, each of shape ``(1, 3, H, W)`` in [0, 1].
+        teacher_features: :meth:`~.RaadModel.teacher_features` of each.
+        seed: Seed of the positions.
+
+    Returns:
+        Of each image a tensor of shape ``(positions, C)``.
+    """
+    layer = _last(model)
+    weight = layer.quantized_weight().flatten(1)
+    examples = _examples(model, images, teacher_features, seed)
+    bar = tqdm(examples, "Discrepancies before quantization", total=len(images), leave=False)
+    return [F.linear(phi, weight, layer.bias) - y for phi, y in bar]
 
 
 def restore_student_(
     model: RaadModel,
-    before: RaadModel,
+    discrepancies: Sequence[torch.Tensor],
     images: Sequence[torch.Tensor],
     teacher_features: Iterable[torch.Tensor],
     seed: int,
@@ -55,25 +81,33 @@ def restore_student_(
 
     Args:
         model: Quantized model in evaluation mode whose teacher statistics are set.
-        before: The model before quantization.
+        discrepancies: :func:`student_discrepancies` of the model before quantization, of the same images and seed.
         images: Normal images, each of shape ``(1, 3, H, W)`` in [0, 1].
         teacher_features: :meth:`~.RaadModel.teacher_features` of each, of the quantized teacher.
         seed: Seed of the positions that are sampled.
     """
-
-    def target(image: torch.Tensor, known: torch.Tensor) -> torch.Tensor:
-        discrepancy = before.student_features(image) - before.student_target(image)
-        return model.student_target(image, known) + discrepancy
-
-    bar = tqdm(images, "Restoring the student's last layer", leave=False)
-    _solve(model, images, map(target, bar, teacher_features), seed)
+    examples = zip(_examples(model, images, teacher_features, seed), discrepancies, strict=True)
+    bar = tqdm(examples, "Restoring the student's last layer", total=len(images), leave=False)
+    solve_layer_(_last(model), ((phi, y + discrepancy) for (phi, y), discrepancy in bar))
 
 
-def _solve(model: RaadModel, images: Sequence[torch.Tensor], targets: Iterable[torch.Tensor], seed: int) -> None:
+def _last(model: RaadModel) -> QuantConv2d:
     *_, last = quantizable_layers(model.student).values()
-    inputs = (last_input(model.student, image) for image in images)
+    return last
+
+
+def _examples(
+    model: RaadModel,
+    images: Sequence[torch.Tensor],
+    teacher_features: Iterable[torch.Tensor],
+    seed: int,
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """What the student's last layer sees of each image at random positions, and what it is to say there."""
+    layer, generator = _last(model), torch.Generator().manual_seed(seed)
     samples = math.ceil(_SAMPLES / len(images))
-    solve_layer_(last, zip(inputs, targets, strict=True), samples, torch.Generator().manual_seed(seed))
+    for image, known in zip(images, teacher_features, strict=True):
+        inputs, target = last_input(model.student, image), model.student_target(image, known)
+        yield sample(layer, inputs, target, samples, generator)
 
 
 def last_input(pdn: torch.nn.Module, image: torch.Tensor) -> torch.Tensor:
@@ -84,33 +118,23 @@ def last_input(pdn: torch.nn.Module, image: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def solve_layer_(
-    layer: QuantConv2d,
-    examples: Iterable[tuple[torch.Tensor, torch.Tensor]],
-    samples: int,
-    generator: torch.Generator,
-) -> None:
-    """Set a convolution of stride 1 to the ridge regression of its input onto a target.
+def solve_layer_(layer: QuantConv2d, examples: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> None:
+    """Set a convolution to the ridge regression of what it sees onto a target.
 
     Args:
         layer: The convolution.
-        examples: Of each image what enters the layer, ``(1, c, H, W)``, and the target of the output's shape,
-            ``(1, C, h, w)``.
-        samples: Positions of each image that take part, at most.
-        generator: Draws them.
+        examples: Of each image what :func:`sample` gives: patches ``(n, c)`` and targets ``(n, C)``.
     """
     unknowns = layer.weight[0].numel() + 1
     gram = torch.zeros(unknowns, unknowns, dtype=torch.float64, device=layer.weight.device)
     moments = gram.new_zeros(unknowns, layer.out_channels)
-    for inputs, target in examples:
-        chosen = torch.randperm(target[0, 0].numel(), generator=generator)[:samples].to(target.device)
-        phi = F.pad(_patches(layer, layer.quantized_input(inputs), chosen), (0, 1), value=1.0)
-        y = target[0].flatten(1).T[chosen].float()
+    for seen, target in examples:
+        phi = F.pad(seen, (0, 1), value=1.0)
         with torch.autocast(phi.device.type, enabled=False):  # sums of 16-bit products are not precise enough
             for start in range(0, unknowns, _ROWS):  # on and below the diagonal, all that the decomposition reads
                 rows = slice(start, start + _ROWS)
                 gram[rows, : rows.stop] += phi[:, rows].T @ phi[:, : rows.stop]
-            moments += phi.T @ y
+            moments += phi.T @ target
     gram.diagonal().add_(_RIDGE * gram.diagonal().mean())
     solution = torch.cholesky_solve(moments, torch.linalg.cholesky(gram)).T.to(layer.weight)
     layer.set_weight_(solution[:, :-1].reshape_as(layer.weight))
@@ -118,8 +142,32 @@ def solve_layer_(
     layer.bias.copy_(solution[:, -1])
 
 
+def sample(
+    layer: QuantConv2d,
+    inputs: torch.Tensor,
+    target: torch.Tensor,
+    samples: int,
+    generator: torch.Generator,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What a convolution of stride 1 sees of an image at random positions, and the target there.
+
+    Args:
+        layer: The convolution.
+        inputs: What enters it, ``(1, c, H, W)``.
+        target: The target of the output's shape, ``(1, C, h, w)``.
+        samples: Positions, at most.
+        generator: Draws them.
+
+    Returns:
+        Patches, in the order of the weights, and targets: a row for each position.
+    """
+    rows = target[0].flatten(1).T
+    chosen = torch.randperm(len(rows), generator=generator)[:samples].to(target.device)
+    return _patches(layer, layer.quantized_input(inputs), chosen), rows[chosen].float()
+
+
 def _patches(layer: QuantConv2d, inputs: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-    """What a convolution of stride 1 sees at positions of its output, a row each; ``F.unfold`` would copy all of it."""
+    """What the convolution sees at positions of its output, a row each; ``F.unfold`` would copy all of it."""
     height, width = cast("tuple[int, int]", layer.padding)
     padded = F.pad(inputs[0], (width, width, height, height))
     windows = padded.unfold(1, layer.kernel_size[0], 1).unfold(2, layer.kernel_size[1], 1)

@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 from .attention import attention_bias
 from .checkpoints import AtomicCheckpointIO, check_archive
-from .closed_form import restore_student_, solve_student_
+from .closed_form import restore_student_, solve_student_, student_discrepancies
 from .data.drift import Ranges, ranges
 from .data.guard import PredictionGuard
 from .data.penalty import PenaltyImages
@@ -423,19 +423,20 @@ class Raad(AnomalibModule):
 
     def _quantize(self) -> None:
         with self._evaluating(), self.trainer.precision_plugin.forward_context():
-            before = deepcopy(self.model)
+            seed, restored = int(self.run_seed), self.hparams["restore_student"]
+            before = student_discrepancies(self.model, *self._calibration_features(), seed) if restored else []
             self._outcome = quantize_(
                 self.model,
                 self._plain_images(self._images.held_out, "Hierarchical quantization scoring"),
                 self._plain_images(self._calibration_indices, "Quantizer calibration"),
                 self.allocation,
                 self.reconstruction,
-                int(self.run_seed),
+                seed,
             )
             self._teacher_features.clear()
             self._set_teacher_statistics()
-            if self.hparams["restore_student"]:
-                restore_student_(self.model, before, *self._calibration_features(), int(self.run_seed))
+            if restored:
+                restore_student_(self.model, before, *self._calibration_features(), seed)
         bits = {name: layer.bits for name, layer in quantizable_layers(self.model.teacher).items()}
         logger.info("Raad: bits of teacher and student %s, scores %s", bits, self._outcome.scores)
 

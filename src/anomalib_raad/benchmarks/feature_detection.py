@@ -27,7 +27,7 @@ from torchvision.transforms.v2.functional import resize
 from tqdm import tqdm
 
 from anomalib_raad import RaadModel
-from anomalib_raad.closed_form import last_input, solve_layer_
+from anomalib_raad.closed_form import last_input, sample, solve_layer_
 from anomalib_raad.quantization.layers import QuantConv2d, quantizable_layers
 from anomalib_raad.statistics import channel_mean_std
 from anomalib_raad.teacher.features import OFFLINE_BACKBONE, PatchFeatures
@@ -188,8 +188,9 @@ def by_student(
     def run(image: torch.Tensor) -> torch.Tensor:
         return describe(student, _resized(image))
 
-    examples = ((last_input(student, _resized(image)), described(image)) for image in normal)
-    solve_layer_(last, examples, _POSITIONS, torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    pairs = ((last_input(student, _resized(image)), described(image)) for image in normal)
+    solve_layer_(last, (sample(last, *pair, _POSITIONS, generator) for pair in pairs))
     errors = [(described(image) - run(image)).square()[0] for image in tqdm(test, "Errors", leave=False)]
     return {which: torch.stack([error[owned].mean(dim=0).max() for error in errors]) for which, owned in maps.items()}
 

@@ -18,7 +18,7 @@ from anomalib_raad.quantization.quantizers import weight_range
 from anomalib_raad.teacher.weights import load_teacher_
 
 SMALL = (64, 64)
-QUICK = {"reconstruction_iterations": 0, "closed_form": False, "restore_student": False, "visualizer": False}
+QUICK = {"reconstruction_iterations": 0, "closed_form": False, "visualizer": False}
 
 
 @pytest.fixture(scope="session")
@@ -73,7 +73,6 @@ def finished_run(cells: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         pre_processor=Raad.configure_pre_processor(SMALL),
         reconstruction_iterations=2,
         closed_form=False,
-        restore_student=False,
     )
     loggers = [AnomalibTensorBoardLogger(str(root), "logs", ""), CSVLogger(root)]
     engine = Engine(max_steps=2, default_root_dir=root, accelerator="cpu", enable_progress_bar=False, logger=loggers)

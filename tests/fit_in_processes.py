@@ -22,7 +22,7 @@ if __name__ == "__main__":
     )  # fmt: skip
     model = Raad(
         pre_processor=Raad.configure_pre_processor((64, 64)), visualizer=False, closed_form=False,
-        restore_student=False, lr=1e-4, finetune_lr=1e-4, bits=8, learn_steps=True,
+        lr=1e-4, finetune_lr=1e-4, bits=8, learn_steps=True,
     )  # fmt: skip
     start = {name: parameter.clone() for name, parameter in model.named_parameters()}
     for module in model.modules():

@@ -38,7 +38,6 @@ def test_the_configuration_runs(path: Path, cells, cell_data, tmp_path, monkeypa
         "model.teacher": tmp_path / "teacher.safetensors",
         "model.reconstruction_iterations": 1,
         "model.closed_form": False,
-        "model.restore_student": False,
         "model.visualizer": False,
         "trainer.accelerator": "cpu",
         "trainer.fast_dev_run": 2,

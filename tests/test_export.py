@@ -43,7 +43,6 @@ def finished(cells, images, tmp_path_factory) -> Raad:
         visualizer=False,
         # Four images are far too few for the closed form: its huge weights would magnify every rounding error.
         closed_form=False,
-        restore_student=False,
     )
     root = tmp_path_factory.mktemp("finished")
     Engine(max_steps=4, default_root_dir=root, accelerator="cpu", logger=False).fit(model, datamodule=data)

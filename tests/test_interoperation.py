@@ -99,7 +99,7 @@ def test_tiled_ensemble(tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     mvtec_ad(tmp_path / "data")
     # anomalib 2.7 cannot pass a pre-processor to a model that has init_args, so settings come another way here.
-    quick = partial(Raad, reconstruction_iterations=0, closed_form=False, restore_student=False)
+    quick = partial(Raad, reconstruction_iterations=0, closed_form=False)
     monkeypatch.setattr("anomalib.models.Raad", quick)
     config = {
         "seed": 0,

@@ -1,4 +1,5 @@
 import json
+from copy import deepcopy
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,9 @@ from torch import nn
 from torchvision.transforms.v2 import Compose, Normalize, RandomHorizontalFlip, Resize
 
 from anomalib_raad import RaadModel
-from anomalib_raad.quantization.layers import quantizable_layers
+from anomalib_raad.closed_form import solve_student_
+from anomalib_raad.data.training import NormalImages
+from anomalib_raad.quantization.layers import last_layer, quantizable_layers
 from anomalib_raad.teacher.weights import load_teacher_
 
 STEPS = 9  # 5 of stage 1, 4 of stage 3; an epoch over 4 kept images ends within each stage
@@ -24,7 +27,7 @@ OPTIONS = {
     "reconstruction_iterations": 2,
     "learn_steps": True,
     "closed_form": True,
-    "restore_student": True,
+    "finetune_lr": 1e-6,
 }
 
 
@@ -119,6 +122,34 @@ def test_fine_tuning_learns_the_steps_of_student_and_autoencoder(uninterrupted) 
     learned -= {name for name in learned if "teacher" in name}
     assert moved == learned - {"model.student.conv1.input_step", "model.ae.encoder.enconv1.input_step"}
     assert not any(buffer.requires_grad for buffer in model.buffers())
+
+
+def test_stage_3_goes_on_from_the_trained_last_layer_and_solves_it_in_the_end(uninterrupted) -> None:
+    folder, _ = uninterrupted
+    weight, bias = "model.student.conv4.weight", "model.student.conv4.bias"
+
+    def state(path: Path) -> dict[str, torch.Tensor]:
+        return torch.load(path, weights_only=True)["state_dict"]
+
+    trained, first, last = (state(folder / "steps" / f"{step}.ckpt") for step in (5, 6, STEPS))
+    solved = state(next(folder.rglob("trained.ckpt")))
+    for name in (weight, bias):
+        torch.testing.assert_close(first[name], trained[name], rtol=0, atol=2 * OPTIONS["finetune_lr"])
+    for solution in (solved, last):
+        assert solution[weight].abs().mean() > 2 * trained[weight].abs().mean()
+
+
+def test_the_finished_student_is_the_solution_for_its_features(uninterrupted, cell_data) -> None:
+    _, model = uninterrupted
+    data = cell_data()
+    data.setup()
+    images = NormalImages(data, model.hparams["held_out"], int(model.run_seed))
+    seen = [model.pre_processor.transform(image) for image in images.plain(images.kept)]
+    expected = deepcopy(model.model).eval()
+    with torch.no_grad():
+        last_layer(expected.student).set_weight_(torch.zeros_like(expected.student.conv4.weight))
+        solve_student_(expected, seen, map(expected.teacher_features, seen), int(model.run_seed))
+    torch.testing.assert_close(model.model.student.conv4.weight, expected.student.conv4.weight)
 
 
 def test_fine_tuning_in_float(uninterrupted, cell_data, small_raad, engine) -> None:

@@ -14,7 +14,6 @@ SETTINGS = {
     "reconstruction_iterations": 2,
     "held_out": 0.01,
     "closed_form": False,
-    "restore_student": False,
 }
 """
 

@@ -13,7 +13,7 @@ import torch
 from torch.nn import functional as F  # noqa: N812
 from tqdm import tqdm
 
-from .quantization.layers import QuantConv2d, quantizable_layers
+from .quantization.layers import QuantConv2d, last_layer
 from .torch_model import RaadModel, describe
 
 _RIDGE = 1e-3  # times the mean of the diagonal of the Gram matrix
@@ -29,85 +29,25 @@ def solve_student_(
 ) -> None:
     """Solve the student's last layer for teacher (first half) and autoencoder (second half), in place.
 
+    The errors of a quantized model's inner layers are part of ``phi``, so the solution avoids the directions in which
+    they are large.
+
     Args:
         model: Model in evaluation mode whose teacher statistics are set.
         images: Normal images, each of shape ``(1, 3, H, W)`` in [0, 1].
         teacher_features: :meth:`~.RaadModel.teacher_features` of each.
         seed: Seed of the positions that are sampled.
     """
-    examples = _examples(model, images, teacher_features, seed)
-    bar = tqdm(examples, "Solving the student's last layer", total=len(images), leave=False)
-    solve_layer_(_last(model), bar)
-
-
-@torch.no_grad()
-def student_discrepancies(
-    model: RaadModel,
-    images: Sequence[torch.Tensor],
-    teacher_features: Iterable[torch.Tensor],
-    seed: int,
-) -> list[torch.Tensor]:
-    """What the student says less what it is to say, at the positions that :func:`solve_student_` samples.
-
-    Args:
-        model: Model in evaluation mode whose teacher statistics are set.
-        images: Normal images, each of shape ``(1, 3, H, W)`` in [0, 1].
-        teacher_features: :meth:`~.RaadModel.teacher_features` of each.
-        seed: Seed of the positions.
-
-    Returns:
-        Of each image a tensor of shape ``(positions, C)``.
-    """
-    layer = _last(model)
-    weight = layer.quantized_weight().flatten(1)
-    examples = _examples(model, images, teacher_features, seed)
-    bar = tqdm(examples, "Discrepancies before quantization", total=len(images), leave=False)
-    return [F.linear(phi, weight, layer.bias) - y for phi, y in bar]
-
-
-def restore_student_(
-    model: RaadModel,
-    discrepancies: Sequence[torch.Tensor],
-    images: Sequence[torch.Tensor],
-    teacher_features: Iterable[torch.Tensor],
-    seed: int,
-) -> None:
-    """Solve the student's last layer so that its discrepancies are what they were before quantization, in place.
-
-        S_q(I) = S(I) + T_q(I) - T(I),   and the second half likewise with the autoencoder in the teacher's place.
-
-    The quantization errors of the inner layers are part of ``phi``, so the solution avoids the directions in which they
-    are large. What training has taught the student stays.
-
-    Args:
-        model: Quantized model in evaluation mode whose teacher statistics are set.
-        discrepancies: :func:`student_discrepancies` of the model before quantization, of the same images and seed.
-        images: Normal images, each of shape ``(1, 3, H, W)`` in [0, 1].
-        teacher_features: :meth:`~.RaadModel.teacher_features` of each, of the quantized teacher.
-        seed: Seed of the positions that are sampled.
-    """
-    examples = zip(_examples(model, images, teacher_features, seed), discrepancies, strict=True)
-    bar = tqdm(examples, "Restoring the student's last layer", total=len(images), leave=False)
-    solve_layer_(_last(model), ((phi, y + discrepancy) for (phi, y), discrepancy in bar))
-
-
-def _last(model: RaadModel) -> QuantConv2d:
-    *_, last = quantizable_layers(model.student).values()
-    return last
-
-
-def _examples(
-    model: RaadModel,
-    images: Sequence[torch.Tensor],
-    teacher_features: Iterable[torch.Tensor],
-    seed: int,
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """What the student's last layer sees of each image at random positions, and what it is to say there."""
-    layer, generator = _last(model), torch.Generator().manual_seed(seed)
+    layer, generator = last_layer(model.student), torch.Generator().manual_seed(seed)
     samples = math.ceil(_SAMPLES / len(images))
-    for image, known in zip(images, teacher_features, strict=True):
-        inputs, target = last_input(model.student, image), model.student_target(image, known)
-        yield sample(layer, inputs, target, samples, generator)
+
+    def examples() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        pairs = zip(images, teacher_features, strict=True)
+        for image, known in tqdm(pairs, "Solving the student's last layer", total=len(images), leave=False):
+            inputs, target = last_input(model.student, image), model.student_target(image, known)
+            yield sample(layer, inputs, target, samples, generator)
+
+    solve_layer_(layer, examples())
 
 
 def last_input(pdn: torch.nn.Module, image: torch.Tensor) -> torch.Tensor:

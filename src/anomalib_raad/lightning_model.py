@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 from .attention import attention_bias
 from .checkpoints import AtomicCheckpointIO, check_archive
-from .closed_form import restore_student_, solve_student_, student_discrepancies
+from .closed_form import solve_student_
 from .data.drift import Ranges, ranges
 from .data.guard import PredictionGuard
 from .data.penalty import PenaltyImages
@@ -43,7 +43,7 @@ from .initialization import AUTOENCODER_STEPS, train_autoencoder_
 from .post_processing import RaadPostProcessor
 from .pre_processing import RaadPreProcessor
 from .precision import warn_of_slow_precision
-from .quantization.layers import dequantize_, learned_steps, quantizable_layers
+from .quantization.layers import dequantize_, last_layer, learned_steps, quantizable_layers
 from .quantization.recipe import DEFAULT_AVERAGE_BITS, Allocation, Outcome, aligned_weights, model_bytes, quantize_
 from .quantization.reconstruction import Reconstruction
 from .report import write_report
@@ -90,8 +90,7 @@ class Raad(AnomalibModule):
         lr: Learning rate of stage 1 (EfficientAD's; paper of RAAD: 1e-5).
         lr_decay: The last share of either stage runs at a tenth of its learning rate (EfficientAD: 0.05); 0 for
             constant rates.
-        finetune_lr: Learning rate of stage 3 (paper: 1e-5, for 60,000 steps; in short runs that undoes more than it
-            mends).
+        finetune_lr: Learning rate of stage 3 (paper: 1e-5, for 60,000 steps).
         weight_decay: Adam's weight decay.
         train_steps: Optimizer steps of stage 1, when the trainer's limits allow and ask for no other length; otherwise
             the stages share the trainer's steps in this proportion.
@@ -119,10 +118,9 @@ class Raad(AnomalibModule):
         finetune_float: Stage 3 goes on in floating point from the quantized weights, and the finished model is not
             quantized: the paper can be read so.
         fisher: Weigh the channels of a block's output by their Fisher information, Eq. 3; otherwise all alike.
-        closed_form: Begin stage 1 with a hundred steps of the autoencoder alone, and end it by solving the student's
-            last layer: ridge regression of its trained features onto what it is to learn. Few steps are then enough.
-        restore_student: Solve the student's last layer after quantization, so that its differences from teacher and
-            autoencoder are what they were before.
+        closed_form: Begin stage 1 with a hundred steps of the autoencoder alone, and end each stage by solving the
+            student's last layer: ridge regression of its trained features onto what it is to learn. Few steps are then
+            enough. Stage 3 goes on from the layer as it was trained, not from the solution.
         held_out: Share of the normal training images held out for scores and map quantiles, at least one image.
         calibration_images: At most so many training images serve for the teacher's channel statistics, the solved last
             layer and reconstruction, the first 32 of them for the quantizers' grids.
@@ -151,7 +149,7 @@ class Raad(AnomalibModule):
         padding: bool = False,
         lr: float = 1e-4,
         lr_decay: float = 0.2,
-        finetune_lr: float = 1e-6,
+        finetune_lr: float = 1e-4,
         weight_decay: float = 1e-5,
         train_steps: int = 70_000,
         finetune_steps: int = 60_000,
@@ -172,7 +170,6 @@ class Raad(AnomalibModule):
         learn_steps: bool = False,
         finetune_float: bool = False,
         closed_form: bool = True,
-        restore_student: bool = True,
         held_out: float = 0.1,
         calibration_images: int = 128,
         pre_processor: PreProcessor | bool = True,
@@ -198,6 +195,7 @@ class Raad(AnomalibModule):
         self.schedule = Schedule(train_steps, finetune_steps)
         self._outcome = Outcome({}, {}, [], {}, {})
         self._stages: dict[str, dict[str, Any]] = {}
+        self._trained_layer: dict[str, torch.Tensor] = {}  # the student's last as stage 1 left it, until stage 3
         self._steps: list[torch.Tensor] = []
         self.seen: Ranges = {}  # properties of the training images
         self._penalty: PenaltyImages | None = None
@@ -316,15 +314,28 @@ class Raad(AnomalibModule):
         if self.schedule.stage(self.global_step) is Stage.TRAIN:
             return
         if "quantized" not in self._stages:
-            if self.hparams["closed_form"] and "trained" not in self._stages:
-                self._once(self.solve_student)
+            if "trained" not in self._stages:
+                parameters = last_layer(self.model.student).named_parameters()
+                self._trained_layer = {name: value.detach().clone() for name, value in parameters}
+                if self.hparams["closed_form"]:
+                    self._once(self.solve_student)
             self._end_stage("trained", self.global_step)
             self._once(self._quantize)
             self._teacher_features.clear()  # its poolings read 8 bits here, floats while stage 3 trains
             self.trainer.optimizers[0].state.clear()  # stage 3 starts with a fresh Adam
             self._end_stage("quantized", self.global_step)
+        self._take_up_training()
         if self.hparams["finetune_float"] and self.model.quantized:
             dequantize_(self.model)
+
+    @torch.no_grad()
+    def _take_up_training(self) -> None:
+        """Go on from the student's trained last layer: with the solution's large weights small steps move far."""
+        if self._trained_layer and self.hparams["closed_form"]:
+            layer = last_layer(self.model.student)
+            layer.load_state_dict(self._trained_layer, strict=False)
+            layer.set_weight_(layer.weight)  # with steps of their own
+        self._trained_layer = {}
 
     def training_step(self, batch: Batch, batch_idx: int) -> STEP_OUTPUT:
         """Compute the loss of Eq. 6 and log its terms."""
@@ -369,6 +380,9 @@ class Raad(AnomalibModule):
             for step in self._steps:
                 step.clamp_(min=torch.finfo(step.dtype).tiny)
         if self.global_step + 1 == self.schedule.total:
+            if self.hparams["closed_form"]:
+                self._teacher_features.clear()  # its poolings read floats while stage 3 trains, 8 bits from now on
+                self._once(self.solve_student)
             self._end_stage("fine_tuned", self.global_step + 1)
             if self.trainer.is_global_zero and not self.trainer.fast_dev_run:
                 folder = Path(self.trainer.default_root_dir)
@@ -423,20 +437,18 @@ class Raad(AnomalibModule):
 
     def _quantize(self) -> None:
         with self._evaluating(), self.trainer.precision_plugin.forward_context():
-            seed, restored = int(self.run_seed), self.hparams["restore_student"]
-            before = student_discrepancies(self.model, *self._calibration_features(), seed) if restored else []
             self._outcome = quantize_(
                 self.model,
                 self._plain_images(self._images.held_out, "Hierarchical quantization scoring"),
                 self._plain_images(self._calibration_indices, "Quantizer calibration"),
                 self.allocation,
                 self.reconstruction,
-                seed,
+                int(self.run_seed),
             )
             self._teacher_features.clear()
             self._set_teacher_statistics()
-            if restored:
-                restore_student_(self.model, before, *self._calibration_features(), seed)
+        if self.hparams["closed_form"]:
+            self.solve_student()
         bits = {name: layer.bits for name, layer in quantizable_layers(self.model.teacher).items()}
         logger.info("Raad: bits of teacher and student %s, scores %s", bits, self._outcome.scores)
 
@@ -553,7 +565,7 @@ class Raad(AnomalibModule):
             msg = f"no checkpoint: the values of {names} are not finite. Lower lr, finetune_lr or weight_decay."
             raise FloatingPointError(msg)
         checkpoint["raad"] = {"format": _FORMAT, "outcome": self._outcome.state(), "stages": self._stages}
-        checkpoint["raad"]["seen"] = self.seen
+        checkpoint["raad"] |= {"seen": self.seen, "trained_layer": self._trained_layer}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restore the report's numbers."""
@@ -567,6 +579,7 @@ class Raad(AnomalibModule):
             raise ValueError(msg)
         self._outcome = Outcome.from_state(checkpoint["raad"]["outcome"])
         self._stages = checkpoint["raad"]["stages"]
+        self._trained_layer = checkpoint["raad"].get("trained_layer", {})
         self.seen = checkpoint["raad"].get("seen", {})
         # Settings of metrics are no part of the model: it can be tested with others than it was trained with.
         metrics = {name: value for name, value in self.state_dict().items() if name.startswith("evaluator.")}

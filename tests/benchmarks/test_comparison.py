@@ -23,7 +23,6 @@ RAAD = {
         "bits": 8,
         "calibration_images": 2,
         "closed_form": False,
-        "restore_student": False,
         "pre_processor": SMALL,
     },
 }

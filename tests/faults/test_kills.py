@@ -26,7 +26,6 @@ model:
     calibration_images: 1
     reconstruction_iterations: 0
     closed_form: false
-    restore_student: false
     visualizer: false
     pre_processor:
       class_path: anomalib_raad.pre_processing.RaadPreProcessor

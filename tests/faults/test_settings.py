@@ -38,7 +38,6 @@ VALID = {
     "reconstruction_iterations": st.integers(0, 1),
     "fisher": st.booleans(),
     "closed_form": st.booleans(),
-    "restore_student": st.booleans(),
     "held_out": st.floats(1e-9, 0.9999),
     "calibration_images": st.integers(1, 10),
 }

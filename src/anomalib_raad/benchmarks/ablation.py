@@ -48,7 +48,7 @@ class Row(NamedTuple):
 ROWS = {
     _FIRST: Row({"bits": 8}, start=None, tested=("trained", "quantized", "model")),
     # From the beginning: the first stage that the others share has ended, and its solved student does not train on.
-    _LONGER: Row({"bits": 8, "restore_student": False}, start=None, tested=("trained",)),
+    _LONGER: Row({"bits": 8}, start=None, tested=("trained",)),
     "uniform 4": Row({"bits": 4, "activation_bits": None}),
     "uniform 3": Row({"bits": 3, "activation_bits": None}),
     "uniform 2": Row({"bits": 2, "activation_bits": None}),
@@ -57,11 +57,10 @@ ROWS = {
     "HQS, learned steps": Row({"learn_steps": True}),
     "HQS, nearest rounding": Row({"reconstruction_iterations": 0}),
     "HQS, plain error": Row({"fisher": False}),
-    "HQS, student not restored": Row({"restore_student": False}),
     "HQS, activations too": Row({"activation_bits": None}),
     "conv2 4": Row({"bits": {"conv2": 4, "conv3": 8}}),
     "conv3 4": Row({"bits": {"conv2": 8, "conv3": 4}}),
-    "LSQ 8/8": Row({"bits": 8, "learn_steps": True, "restore_student": False}),
+    "LSQ 8/8": Row({"bits": 8, "learn_steps": True}),
 }
 """The rows; the longer baseline spends the steps of fine-tuning on further training."""
 

@@ -11,7 +11,7 @@ so the maps keep their meaning, and P is folded into weights and biases that are
 import torch
 from torch import nn
 
-from anomalib_raad.quantization.layers import QuantConv2d, quantizable_layers
+from anomalib_raad.quantization.layers import QuantConv2d, last_layer
 from anomalib_raad.torch_model import RaadModel
 
 
@@ -34,7 +34,7 @@ def project_(model: RaadModel, channels: int, seed: int = 0) -> None:
         raise ValueError(msg)
     normal = torch.randn(model.out_channels, channels, generator=torch.Generator().manual_seed(seed))
     directions = torch.linalg.qr(normal)[0].T.to(model.teacher_mean)
-    teacher, student, autoencoder = (_last(network) for network in (model.teacher, model.student, model.ae))
+    teacher, student, autoencoder = (last_layer(network) for network in (model.teacher, model.student, model.ae))
     _project_(
         teacher,
         directions / model.teacher_std.flatten(),
@@ -45,11 +45,6 @@ def project_(model: RaadModel, channels: int, seed: int = 0) -> None:
     mean = model.teacher_mean.new_zeros(1, channels, 1, 1)
     model.teacher_mean, model.teacher_std = mean, mean + 1
     model.out_channels = channels
-
-
-def _last(network: nn.Module) -> QuantConv2d:
-    *_, last = quantizable_layers(network).values()
-    return last
 
 
 def _project_(layer: QuantConv2d, matrix: torch.Tensor, shift: torch.Tensor | float = 0.0) -> None:

@@ -261,6 +261,12 @@ def quantizable_layers(network: nn.Module) -> dict[str, QuantConv2d]:
     return {name: module for name, module in network.named_modules() if isinstance(module, QuantConv2d)}
 
 
+def last_layer(network: nn.Module) -> QuantConv2d:
+    """The last quantizable convolution of a network."""
+    *_, last = quantizable_layers(network).values()
+    return last
+
+
 def quantizable_poolings(network: nn.Module) -> dict[str, QuantAvgPool2d]:
     """The quantizable poolings of a network by name."""
     return {name: module for name, module in network.named_modules() if isinstance(module, QuantAvgPool2d)}

@@ -564,8 +564,13 @@ class Raad(AnomalibModule):
             names = ", ".join(broken)
             msg = f"no checkpoint: the values of {names} are not finite. Lower lr, finetune_lr or weight_decay."
             raise FloatingPointError(msg)
-        checkpoint["raad"] = {"format": _FORMAT, "outcome": self._outcome.state(), "stages": self._stages}
-        checkpoint["raad"] |= {"seen": self.seen, "trained_layer": self._trained_layer}
+        checkpoint["raad"] = {
+            "format": _FORMAT,
+            "outcome": self._outcome.state(),
+            "stages": self._stages,
+            "seen": self.seen,
+            "trained_layer": self._trained_layer,
+        }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restore the report's numbers."""

@@ -47,7 +47,7 @@ class Row(NamedTuple):
 
 ROWS = {
     _FIRST: Row({"bits": 8}, start=None, tested=("trained", "quantized", "model")),
-    # From the beginning: the first stage that the others share has ended, and its solved student does not train on.
+    # From the beginning: the first stage that the others share has ended, and its learning rate has decayed.
     _LONGER: Row({"bits": 8}, start=None, tested=("trained",)),
     "uniform 4": Row({"bits": 4, "activation_bits": None}),
     "uniform 3": Row({"bits": 3, "activation_bits": None}),

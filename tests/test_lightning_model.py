@@ -160,7 +160,7 @@ def test_fine_tuning_in_float(uninterrupted, cell_data, small_raad, engine) -> N
     assert not model.model.quantized
     quantized = Raad.load_from_checkpoint(path).model
     for name, layer in quantizable_layers(quantized).items():
-        if not name.endswith("conv1"):  # whose normalisation is folded
+        if not name.endswith(("conv1", "student.conv4")):  # normalisation is folded; goes on as it was trained
             weight = model.model.get_submodule(name).weight
             # The checkpoint's own learning rate, 1e-6, serves for one more step.
             torch.testing.assert_close(weight, layer.quantized_weight(), rtol=0, atol=2e-6, msg=name)
@@ -202,6 +202,26 @@ def test_resume_from_the_stage_checkpoints(cell_data, small_raad, engine, uninte
     engine(max_steps=STEPS, logger=False).fit(resumed, datamodule=cell_data(), ckpt_path=path)
     assert_equal_weights(resumed, model)
     assert list(resumed._stages) == ["trained", "quantized", "fine_tuned"]
+
+
+@pytest.mark.parametrize(("name", "train_steps"), [("trained", 9), ("model", 5)])
+def test_training_a_run_on(cell_data, small_raad, engine, uninterrupted, name: str, train_steps: int) -> None:
+    """With more steps than it was begun with, from the layer as it was trained; a quantized run only fine-tunes."""
+    folder, model = uninterrupted
+    sizes: list[float] = []
+    callback = LambdaCallback(on_train_batch_end=lambda _, model, *__: sizes.append(size_of_last_layer(model)))
+    longer = small_raad(**OPTIONS)
+    path = next(folder.rglob(f"{name}.ckpt"))
+    engine(max_steps=16, logger=False, callbacks=[callback]).fit(longer, datamodule=cell_data(), ckpt_path=path)
+    assert longer.schedule.train_steps == train_steps
+    *trained, solved = sizes
+    assert max(trained) < 0.5 * size_of_last_layer(model)
+    assert solved == pytest.approx(size_of_last_layer(model), rel=0.5)
+    assert longer._stages["fine_tuned"]["step"] == 16
+
+
+def size_of_last_layer(model: Raad) -> float:
+    return float(model.model.student.conv4.weight.detach().abs().mean())
 
 
 def assert_equal_weights(actual: Raad, expected: Raad) -> None:

@@ -195,7 +195,7 @@ class Raad(AnomalibModule):
         self.schedule = Schedule(train_steps, finetune_steps)
         self._outcome = Outcome({}, {}, [], {}, {})
         self._stages: dict[str, dict[str, Any]] = {}
-        self._trained_layer: dict[str, torch.Tensor] = {}  # the student's last as stage 1 left it, until stage 3
+        self._trained_layer: dict[str, torch.Tensor] = {}  # the student's last as it was trained, while it is solved
         self._steps: list[torch.Tensor] = []
         self.seen: Ranges = {}  # properties of the training images
         self._penalty: PenaltyImages | None = None
@@ -265,6 +265,9 @@ class Raad(AnomalibModule):
         if self.trainer.max_steps == -1 and self.trainer.max_epochs in _UNLIMITED_EPOCHS:
             total = min(total, options["train_steps"] + options["finetune_steps"])
         self.schedule = Schedule.scaled(options["train_steps"], options["finetune_steps"], total)
+        if "quantized" in self._stages:  # all that is left is fine-tuning, also of a run that is given more steps now
+            step = self._stages["quantized"]["step"]
+            self.schedule = Schedule(step, total - step)
         if not self.model.teacher_normalized:  # a fresh run, not a resumed one
             self._once(self._prepare_model)
         # The only use of validation is to set the thresholds of the finished model: it runs once, at the end.
@@ -311,19 +314,12 @@ class Raad(AnomalibModule):
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Quantize when the first step of stage 3 is due."""
         del batch, batch_idx
-        if self.schedule.stage(self.global_step) is Stage.TRAIN:
-            return
-        if "quantized" not in self._stages:
-            if "trained" not in self._stages:
-                parameters = last_layer(self.model.student).named_parameters()
-                self._trained_layer = {name: value.detach().clone() for name, value in parameters}
-                if self.hparams["closed_form"]:
-                    self._once(self.solve_student)
+        if self.schedule.stage(self.global_step) is Stage.FINE_TUNE and "quantized" not in self._stages:
             self._end_stage("trained", self.global_step)
             self._once(self._quantize)
-            self._teacher_features.clear()  # its poolings read 8 bits here, floats while stage 3 trains
             self.trainer.optimizers[0].state.clear()  # stage 3 starts with a fresh Adam
             self._end_stage("quantized", self.global_step)
+            self._teacher_features.clear()  # its poolings read 8 bits here, floats while stage 3 trains
         self._take_up_training()
         if self.hparams["finetune_float"] and self.model.quantized:
             dequantize_(self.model)
@@ -331,11 +327,11 @@ class Raad(AnomalibModule):
     @torch.no_grad()
     def _take_up_training(self) -> None:
         """Go on from the student's trained last layer: with the solution's large weights small steps move far."""
-        if self._trained_layer and self.hparams["closed_form"]:
+        if self._trained_layer:
             layer = last_layer(self.model.student)
             layer.load_state_dict(self._trained_layer, strict=False)
             layer.set_weight_(layer.weight)  # with steps of their own
-        self._trained_layer = {}
+            self._trained_layer = {}
 
     def training_step(self, batch: Batch, batch_idx: int) -> STEP_OUTPUT:
         """Compute the loss of Eq. 6 and log its terms."""
@@ -380,9 +376,7 @@ class Raad(AnomalibModule):
             for step in self._steps:
                 step.clamp_(min=torch.finfo(step.dtype).tiny)
         if self.global_step + 1 == self.schedule.total:
-            if self.hparams["closed_form"]:
-                self._teacher_features.clear()  # its poolings read floats while stage 3 trains, 8 bits from now on
-                self._once(self.solve_student)
+            self._teacher_features.clear()  # its poolings read floats while stage 3 trains, 8 bits from now on
             self._end_stage("fine_tuned", self.global_step + 1)
             if self.trainer.is_global_zero and not self.trainer.fast_dev_run:
                 folder = Path(self.trainer.default_root_dir)
@@ -447,13 +441,16 @@ class Raad(AnomalibModule):
             )
             self._teacher_features.clear()
             self._set_teacher_statistics()
-        if self.hparams["closed_form"]:
-            self.solve_student()
         bits = {name: layer.bits for name, layer in quantizable_layers(self.model.teacher).items()}
         logger.info("Raad: bits of teacher and student %s, scores %s", bits, self._outcome.scores)
 
     def _end_stage(self, name: str, step: int) -> None:
-        """Normalise the maps for the model as it is now, note how it does on held-out normals, save it."""
+        """Solve the student's last layer, normalise the maps, note how they do on held-out normals, save the model."""
+        if self.hparams["closed_form"]:
+            if not self._trained_layer:
+                layer = last_layer(self.model.student).named_parameters()
+                self._trained_layer = {name: value.detach().clone() for name, value in layer}
+            self._once(self.solve_student)
         means = self.normalize_maps()
         self._stages[name] = {"stage": name, "step": step, "bytes": model_bytes(self.model), **means}
         for metrics_logger in self.loggers:

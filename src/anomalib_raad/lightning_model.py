@@ -448,8 +448,8 @@ class Raad(AnomalibModule):
         """Solve the student's last layer, normalise the maps, note how they do on held-out normals, save the model."""
         if self.hparams["closed_form"]:
             if not self._trained_layer:
-                layer = last_layer(self.model.student).named_parameters()
-                self._trained_layer = {name: value.detach().clone() for name, value in layer}
+                parameters = last_layer(self.model.student).named_parameters()
+                self._trained_layer = {parameter: value.detach().clone() for parameter, value in parameters}
             self._once(self.solve_student)
         means = self.normalize_maps()
         self._stages[name] = {"stage": name, "step": step, "bytes": model_bytes(self.model), **means}

@@ -40,9 +40,34 @@ def test_solution_equals_numpys_ridge_regression(padding: int, monkeypatch: pyte
     phi = np.hstack([phi, np.ones((len(phi), 1))])
     y = np.concatenate([target[0].flatten(1).T.numpy() for target in targets])
     gram = phi.T @ phi
-    expected = np.linalg.solve(gram + 1e-3 * np.trace(gram) / len(gram) * np.eye(len(gram)), phi.T @ y)
+    expected = np.linalg.solve(gram + 1e-4 * np.trace(gram) / len(gram) * np.eye(len(gram)), phi.T @ y)
     actual = np.vstack([layer.weight.detach().flatten(1).T.numpy(), layer.bias.detach().numpy()])
     np.testing.assert_allclose(actual, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_the_bias_makes_up_for_the_rounding_of_the_weights() -> None:
+    torch.manual_seed(0)
+    image = torch.rand(1, 3, 20, 20)
+    network = make_quantizable_(nn.Sequential(nn.Conv2d(3, 5, 3))).eval()
+    with torch.no_grad():
+        target = network(image)
+        network[0].quantize_(2, image, 8)
+        solve_layer_(network[0], everywhere(network[0], [image], [target]))
+        error = network(image) - target
+    assert error.abs().mean() > 0.01
+    torch.testing.assert_close(error.mean(dim=(0, 2, 3)), torch.zeros(5), rtol=0, atol=1e-3)
+
+
+def test_solving_under_autocast_is_as_precise() -> None:
+    torch.manual_seed(0)
+    image = torch.rand(1, 3, 20, 20)
+    layer = make_quantizable_(nn.Sequential(nn.Conv2d(3, 5, 3)))[0]
+    examples = list(everywhere(layer, [image], [layer(image).detach()]))
+    solve_layer_(layer, examples)
+    expected = layer.weight.detach().clone()
+    with torch.autocast("cpu", torch.bfloat16):
+        solve_layer_(layer, examples)
+    torch.testing.assert_close(layer.weight, expected, rtol=0, atol=0)
 
 
 def test_solving_the_student_lowers_both_its_losses_and_leaves_its_inner_layers(untrained) -> None:

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from .quantization.layers import QuantConv2d, last_layer
 from .torch_model import RaadModel, describe
 
-_RIDGE = 1e-3  # times the mean of the diagonal of the Gram matrix
+_RIDGE = 1e-4  # times the mean of the diagonal of the Gram matrix; chosen on two sets, see docs/training.md
 _SAMPLES = 48_000  # positions in all; a last layer of PDN-S has 4,097 unknowns a channel
 _ROWS = 512  # of the Gram matrix at a time
 
@@ -69,17 +69,19 @@ def solve_layer_(layer: QuantConv2d, examples: Iterable[tuple[torch.Tensor, torc
     gram = torch.zeros(unknowns, unknowns, dtype=torch.float64, device=layer.weight.device)
     moments = gram.new_zeros(unknowns, layer.out_channels)
     for seen, target in examples:
-        phi = F.pad(seen, (0, 1), value=1.0)
-        with torch.autocast(phi.device.type, enabled=False):  # sums of 16-bit products are not precise enough
-            for start in range(0, unknowns, _ROWS):  # on and below the diagonal, all that the decomposition reads
-                rows = slice(start, start + _ROWS)
-                gram[rows, : rows.stop] += phi[:, rows].T @ phi[:, : rows.stop]
-            moments += phi.T @ target
+        phi = F.pad(seen, (0, 1), value=1.0).double()  # errors of float32, seen below 1e-5, are not far from the ridge
+        for start in range(0, unknowns, _ROWS):  # on and below the diagonal, all that the decomposition reads
+            rows = slice(start, start + _ROWS)
+            gram[rows, : rows.stop] += phi[:, rows].T @ phi[:, : rows.stop]
+        moments += phi.T @ target.double()
+    mean = gram[-1, :-1] / gram[-1, -1]
     gram.diagonal().add_(_RIDGE * gram.diagonal().mean())
-    solution = torch.cholesky_solve(moments, torch.linalg.cholesky(gram)).T.to(layer.weight)
-    layer.set_weight_(solution[:, :-1].reshape_as(layer.weight))
+    solution = torch.cholesky_solve(moments, torch.linalg.cholesky(gram)).T
+    weight, bias = solution[:, :-1], solution[:, -1]
+    layer.set_weight_(weight.reshape_as(layer.weight))
     assert layer.bias is not None  # noqa: S101  # every layer of PDN and autoencoder has one
-    layer.bias.copy_(solution[:, -1])
+    # The bias makes up for what the weights' rounding changes on the mean.
+    layer.bias.copy_(bias + (weight - layer.quantized_weight().flatten(1)) @ mean)
 
 
 def sample(

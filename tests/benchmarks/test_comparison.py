@@ -6,11 +6,13 @@ from unittest.mock import Mock
 
 import pytest
 import torch
+import yaml
 from anomalib.data.utils import read_image
 from PIL import Image, ImageChops
 
 from anomalib_raad.benchmarks import comparison
 from anomalib_raad.benchmarks.comparison import OfflinePatchcore, compare
+from anomalib_raad.cli import main
 from anomalib_raad.teacher.features import OFFLINE_BACKBONE, PatchFeatures
 
 SMALL = {
@@ -81,6 +83,23 @@ def test_cells_are_kept_and_a_failed_one_is_tried_again(folders, tmp_path) -> No
     folders["cells"]["init_args"]["root"] = str(tmp_path / "nowhere")
     assert compare({"Raad": RAAD}, folders, **options) == 0  # nothing is left to run, so no data are needed
     assert "| cells | Raad | 1 | 4 |" in (tmp_path / "comparison" / "comparison.md").read_text()
+
+
+def test_the_command_line_passes_options_on_as_they_are(folders, tmp_path, monkeypatch) -> None:
+    given = []
+
+    def attempt(*arguments) -> dict:
+        given.append(arguments[:2])
+        return {"error": "nothing was fitted"}
+
+    monkeypatch.setattr(comparison, "_attempt", attempt)
+    file = tmp_path / "compare.yaml"
+    options = {"models": {"Raad": RAAD}, "data": folders, "results": str(tmp_path / "comparison")}
+    file.write_text(yaml.safe_dump(options))
+    monkeypatch.setattr("sys.argv", ["anomalib-raad", "compare", "--config", str(file)])
+    with pytest.raises(SystemExit, match="1"):
+        main()
+    assert given == [(RAAD, folders["cells"])]
 
 
 def read_picture(url: str) -> Image.Image:

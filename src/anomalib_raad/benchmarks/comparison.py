@@ -81,10 +81,10 @@ class Cell(NamedTuple):
 
 
 def compare(
-    models: Mapping[str, dict[str, Any]],
-    data: Mapping[str, dict[str, Any]],
+    models: Mapping[str, dict],  # of Any values jsonargparse would build the objects that they describe
+    data: Mapping[str, dict],
     seeds: Sequence[int] = (0,),
-    trainer: dict[str, Any] | None = None,
+    trainer: dict | None = None,
     results: Path = Path("results/comparison"),
     check: bool = False,
     ray: str | None = None,

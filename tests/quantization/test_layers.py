@@ -46,6 +46,17 @@ def test_quantized_layer_equals_integer_convolution(conv: nn.Conv2d, bits: int) 
         assert len(channel.unique()) <= 2**bits
 
 
+def test_in_bfloat16_only_the_sums_of_integers_are_rounded(conv: nn.Conv2d) -> None:
+    layer, image = QuantConv2d.from_conv(conv).eval(), torch.randn(2, 3, 9, 9)
+    layer.quantize_(8, image)
+    inputs = torch.round(layer.quantized_input(image) / layer.input_step)
+    sums = F.conv2d(inputs, layer.integer_weight(), None, conv.stride, conv.padding)
+    step = (layer.input_step * layer.weight_step).view(1, -1, 1, 1)
+    with torch.autocast("cpu", torch.bfloat16):
+        output = layer(image)
+    torch.testing.assert_close(output, sums.bfloat16().float() * step + layer.bias.view(1, -1, 1, 1))
+
+
 def test_inputs_of_a_first_layer_stay_as_they_are(conv: nn.Conv2d) -> None:
     layer = QuantConv2d.from_conv(conv)
     layer.quantize_(4, None)

@@ -156,7 +156,8 @@ class QuantConv2d(_QuantizedInput, nn.Conv2d):
         """As an integer kernel does it: sums of integers are exact up to 2^24, those of their multiples are not."""
         step = self.weight_step[channels]
         inputs = grid_points(self.prepare(x), self.input_step, self.input_zero_point, *input_range(self.input_bits))
-        sums = self.convolve(inputs, self.integer_weight(channels), None)
+        # Sums of 16 bits would be rounded once more, and scaling them in place by numbers of 32 takes 20 times as long.
+        sums = self.convolve(inputs, self.integer_weight(channels), None).to(step.dtype)
         output = sums.mul_((self.input_step * step).view(1, -1, 1, 1))
         return output if self.bias is None else output.add_(self.bias[channels].view(1, -1, 1, 1))
 

@@ -326,6 +326,15 @@ def test_the_teacher_sees_an_unaugmented_image_once(
     assert len(seen) == 4 + 3 * passes
 
 
+def test_the_maps_are_normalised_in_the_trainers_precision(cell_data, small_raad, engine, monkeypatch) -> None:
+    precisions, maps = [], RaadModel.maps
+    monkeypatch.setattr(
+        RaadModel, "maps", lambda *args: precisions.append(torch.is_autocast_enabled("cpu")) or maps(*args)
+    )
+    engine(max_steps=2, logger=False, precision="bf16-mixed").fit(small_raad(), datamodule=cell_data())
+    assert precisions == [True] * 3
+
+
 def test_an_unfinished_run_is_announced(cell_data, small_raad, engine, caplog) -> None:
     engine(max_steps=9, logger=False, callbacks=[StopAfter(1)]).fit(small_raad(), datamodule=cell_data())
     assert "Raad stopped after 1 of 9 steps: the model is not finished" in caplog.text

@@ -275,7 +275,7 @@ class Raad(AnomalibModule):
 
     def _prepare_model(self) -> None:
         self.seen = ranges(image[0] for image in self._images.plain(self._calibration_indices))
-        with self._evaluating(), self.trainer.precision_plugin.forward_context():
+        with self._evaluating():
             self._set_teacher_statistics()
             if self.hparams["closed_form"]:
                 steps = min(AUTOENCODER_STEPS, self.schedule.train_steps)
@@ -426,11 +426,11 @@ class Raad(AnomalibModule):
 
     def solve_student(self) -> None:
         """Solve the student's last layer for the features as they are now, during a fit."""
-        with self._evaluating(), self.trainer.precision_plugin.forward_context():
+        with self._evaluating():
             solve_student_(self.model, *self._calibration_features(), int(self.run_seed))
 
     def _quantize(self) -> None:
-        with self._evaluating(), self.trainer.precision_plugin.forward_context():
+        with self._evaluating():
             self._outcome = quantize_(
                 self.model,
                 self._plain_images(self._images.held_out, "Hierarchical quantization scoring"),
@@ -495,11 +495,11 @@ class Raad(AnomalibModule):
 
     @contextmanager
     def _evaluating(self) -> Iterator[None]:
-        """Evaluation mode without gradients."""
+        """Evaluation mode in the trainer's precision, without gradients."""
         training = self.model.training
         self.model.eval()
         try:
-            with torch.no_grad():
+            with torch.no_grad(), self.trainer.precision_plugin.forward_context():
                 yield
         finally:
             self.model.train(training)

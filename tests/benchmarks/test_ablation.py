@@ -53,6 +53,26 @@ def test_rows_share_the_first_stage_and_the_steps(cell_data, small_raad, tmp_pat
     assert [line.split("|")[1].strip() for line in lines[2:4]] == ["baseline", "longer baseline"]
 
 
+def test_the_table_holds_every_row_against_the_longer_baseline(tmp_path) -> None:
+    """Over the cells that both have: parts lack a seed of the longer baseline."""
+    scores = {
+        "bolts": {"uniform 8": (0.5, 0.75), "longer baseline": (0.625, 0.875)},
+        "parts": {"uniform 8": (0.25, 1.0), "longer baseline": (0.5,)},
+    }
+    for name, rows in scores.items():
+        for row, values in rows.items():
+            for seed, value in enumerate(values):
+                tested = {stage: {"image_AUROC": value} for stage in ablation.ROWS[row].tested}
+                path = tmp_path / f"{name}-{row}-{seed}.json"
+                path.write_text(json.dumps({"data": name, "row": row, "seed": seed} | tested))
+    ablation.table(tmp_path)
+    baseline, longer, quantized, _ = (tmp_path / "ablation.md").read_text().splitlines()[2:]
+    figures = "0.625 (0.500 to 0.750) | 0.625 (0.250 to 1.000) | 0.625 | -0.188 |"
+    assert baseline == f"| baseline | {figures}"
+    assert longer == "| longer baseline | 0.750 (0.625 to 0.875) | 0.500 | 0.625 | +0.000 |"
+    assert quantized == f"| uniform 8 | {figures}"
+
+
 def test_unknown_rows__error(cell_data, tmp_path) -> None:
     with pytest.raises(ValueError, match=r"unknown rows \['nothing'\]; the rows are \['uniform 8'"):
         ablation.measure(cell_data(), 4, rows=["nothing"], results=tmp_path)

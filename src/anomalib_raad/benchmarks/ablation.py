@@ -27,7 +27,7 @@ from anomalib_raad import Raad
 from anomalib_raad.precision import fastest_precision
 
 from .scores import SquashingPostProcessor
-from .tables import markdown
+from .tables import markdown, mean_and_range
 from .testing import ranking_metrics, set_up_
 
 logger = logging.getLogger(__name__)
@@ -140,7 +140,10 @@ def _folder(cell: Path) -> Path:
 
 
 def table(results: Path = RESULTS, metric: str = "image_AUROC") -> None:
-    """Write all cells as CSV, their mean over seeds as Markdown and a figure.
+    """Write all cells as CSV; as Markdown each row's mean and range over the seeds, and its lead; and a figure.
+
+    The lead is over the longer baseline: the mean over the cells that both rows have, first over the seeds, then over
+    the data sets.
 
     Args:
         results: Folder with the cells; receives ``ablation.csv``, ``ablation.md`` and ``ablation.png``.
@@ -154,11 +157,16 @@ def table(results: Path = RESULTS, metric: str = "image_AUROC") -> None:
         records += [key | {"row": names[stage]} | cell[stage] for stage in ROWS[row].tested]
     frame = pd.DataFrame(records)
     frame.to_csv(results / "ablation.csv", index=False)
-    order = list(dict.fromkeys(["baseline", _LONGER, *frame["row"]]))
-    mean = frame.pivot_table(index="row", columns="data", values=metric).reindex(order)
-    mean["mean"] = mean.mean(axis=1)
-    (results / "ablation.md").write_text(markdown(mean.map("{:.3f}".format).reset_index()) + "\n")
-    axis = mean.drop(columns="mean").iloc[::-1].plot.barh(figsize=(7, 0.5 * len(mean) + 1))
+    order = [row for row in dict.fromkeys(["baseline", _LONGER, *frame["row"]]) if row in set(frame["row"])]
+    values = frame.pivot_table(index="row", columns=["data", "seed"], values=metric).reindex(order)
+    mean = values.T.groupby("data", sort=False).mean().T
+    text = values.T.groupby("data", sort=False).agg(mean_and_range).T
+    text["mean"] = mean.mean(axis=1).map("{:.3f}".format)
+    if _LONGER in order:
+        leads = (values - values.loc[_LONGER]).T.groupby("data").mean().T
+        text[f"over the {_LONGER}"] = leads.mean(axis=1).map("{:+.3f}".format)
+    (results / "ablation.md").write_text(markdown(text.reset_index()) + "\n")
+    axis = mean.iloc[::-1].plot.barh(figsize=(7, 0.5 * len(mean) + 1))
     axis.set(xlabel=metric, ylabel="", xlim=(max(0.0, float(mean.min().min()) - 0.05), 1.0))
     axis.figure.savefig(results / "ablation.png", dpi=120, bbox_inches="tight")
     plt.close(axis.figure)

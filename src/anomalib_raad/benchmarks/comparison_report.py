@@ -14,7 +14,7 @@ from jinja2 import Template
 from rich.console import Console
 from torchmetrics.functional.classification import binary_roc
 
-from .tables import markdown
+from .tables import markdown, mean_and_range
 
 QUALITY = (
     "image_AUROC",
@@ -96,7 +96,7 @@ def _summary(frame: pd.DataFrame, names: Sequence[str]) -> pd.DataFrame:
     rows = []
     for (data, model), group in frame.groupby(["data", "model"], sort=False):
         row = {"data": data, "model": model} | _extent(group)
-        rows.append(row | {name: _mean_and_range(group[name]) for name in names if name in frame})
+        rows.append(row | {name: mean_and_range(group[name]) for name in names if name in frame})
     return pd.DataFrame(rows)
 
 
@@ -105,14 +105,6 @@ def _extent(group: pd.DataFrame) -> dict[str, str]:
     numbers = {"test images": group["test_images"], "steps": group["steps"]}
     counts = {name: " / ".join(map(str, values.unique())) for name, values in numbers.items()}
     return {"seeds": str(group["seed"].nunique())} | counts
-
-
-def _mean_and_range(values: pd.Series) -> str:
-    values = values.dropna()
-    if values.empty:
-        return ""
-    low, mean, high = (f"{value:.3f}" if value <= 1 else f"{value:.1f}" for value in values.agg(["min", "mean", "max"]))
-    return mean if low == high else f"{mean} ({low} to {high})"
 
 
 def _differences(frame: pd.DataFrame, first: str, apart: Sequence[str]) -> pd.DataFrame:

@@ -157,14 +157,14 @@ def table(results: Path = RESULTS, metric: str = "image_AUROC") -> None:
         records += [key | {"row": names[stage]} | cell[stage] for stage in ROWS[row].tested]
     frame = pd.DataFrame(records)
     frame.to_csv(results / "ablation.csv", index=False)
-    order = [row for row in dict.fromkeys(["baseline", _LONGER, *frame["row"]]) if row in set(frame["row"])]
-    values = frame.pivot_table(index="row", columns=["data", "seed"], values=metric).reindex(order)
-    mean = values.T.groupby("data", sort=False).mean().T
-    text = values.T.groupby("data", sort=False).agg(mean_and_range).T
+    order = list(dict.fromkeys(["baseline", _LONGER, *frame["row"]]))
+    values = frame.pivot_table(index=["data", "seed"], columns="row", values=metric)
+    values = values.reindex(columns=order).dropna(axis=1, how="all")
+    mean, text = values.groupby("data").mean().T, values.groupby("data").agg(mean_and_range).T
     text["mean"] = mean.mean(axis=1).map("{:.3f}".format)
-    if _LONGER in order:
-        leads = (values - values.loc[_LONGER]).T.groupby("data").mean().T
-        text[f"over the {_LONGER}"] = leads.mean(axis=1).map("{:+.3f}".format)
+    if _LONGER in values:
+        leads = values.sub(values[_LONGER], axis=0).groupby("data").mean()
+        text[f"over the {_LONGER}"] = leads.mean().map("{:+.3f}".format)
     (results / "ablation.md").write_text(markdown(text.reset_index()) + "\n")
     axis = mean.iloc[::-1].plot.barh(figsize=(7, 0.5 * len(mean) + 1))
     axis.set(xlabel=metric, ylabel="", xlim=(max(0.0, float(mean.min().min()) - 0.05), 1.0))

@@ -1,12 +1,14 @@
-"""Fit a small Raad in one or two processes: FOLDER_OF_CELLS RESULTS PROCESSES IMAGES_PER_PROCESS."""
+"""Fit a small Raad in one or two processes: FOLDER_OF_CELLS RESULTS PROCESSES IMAGES_PER_PROCESS [CLOSED_FORM]."""
 
 import sys
+from copy import deepcopy
 from pathlib import Path
 
 import torch
 from anomalib.data import Folder
 from anomalib.engine import Engine
 from lightning.pytorch import seed_everything
+from lightning.pytorch.callbacks import LambdaCallback
 
 import anomalib_raad.torch_model
 from anomalib_raad import Raad
@@ -21,17 +23,20 @@ if __name__ == "__main__":
         train_batch_size=batch_size, eval_batch_size=2, num_workers=0, val_split_mode="same_as_test", seed=0,
     )  # fmt: skip
     model = Raad(
-        pre_processor=Raad.configure_pre_processor((64, 64)), visualizer=False, closed_form=False,
+        pre_processor=Raad.configure_pre_processor((64, 64)), visualizer=False, closed_form=bool(sys.argv[5:]),
         lr=1e-4, finetune_lr=1e-4, bits=8, learn_steps=True,
     )  # fmt: skip
     start = {name: parameter.clone() for name, parameter in model.named_parameters()}
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
+    students = []  # at each step
+    keep = LambdaCallback(on_before_backward=lambda _, model, __: students.append(deepcopy(model.model.student)))
     engine = Engine(
         max_steps=4, devices=processes, strategy="ddp" if processes > 1 else "auto", accelerator="cpu", logger=False,
-        default_root_dir=results, enable_progress_bar=False,
+        default_root_dir=results, enable_progress_bar=False, callbacks=[keep],
     )  # fmt: skip
     engine.fit(model, datamodule=data)
     moved = {name: parameter.detach() - start[name] for name, parameter in model.named_parameters()}
-    torch.save({"state": model.state_dict(), "moved": moved}, results / f"rank{engine.trainer.global_rank}.pt")
+    result = {"state": model.state_dict(), "moved": moved, "fine_tuned_from": students[2].state_dict()}
+    torch.save(result, results / f"rank{engine.trainer.global_rank}.pt")

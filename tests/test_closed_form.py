@@ -6,8 +6,8 @@ import torch
 from torch import nn
 
 from anomalib_raad import RaadModel
-from anomalib_raad.closed_form import sample, solve_layer_, solve_student_
-from anomalib_raad.quantization.layers import last_layer, make_quantizable_
+from anomalib_raad.closed_form import equalize_last_input_, last_input, sample, solve_layer_, solve_student_
+from anomalib_raad.quantization.layers import last_layer, make_quantizable_, quantizable_layers
 from anomalib_raad.quantization.recipe import Allocation, quantize_
 
 
@@ -106,3 +106,64 @@ def test_solving_mends_what_quantization_did(untrained) -> None:
     assert last.bits == 8
     steps = (last.quantized_weight() / last.weight_step).detach()
     torch.testing.assert_close(steps, steps.round(), rtol=0, atol=1e-3)
+
+
+@pytest.fixture
+def equalized(untrained, coarse_grids):
+    """A quantized student, its last two layers before equalization and what was said of it."""
+    model, images = untrained
+    quantize_(model, images, images, Allocation(8))
+    with torch.no_grad():
+        model.student.conv3.weight[5], model.student.conv3.bias[5] = 0, -1  # a channel that never fires
+    before = deepcopy(model.student)
+    return model.student, before, images, equalize_last_input_(model.student, images)
+
+
+def test_equalization_scales_ranges_to_their_roots_and_leaves_dead_channels(equalized) -> None:
+    student, before, images, scale = equalized
+
+    def largest(network: nn.Module) -> torch.Tensor:
+        with torch.no_grad():
+            return torch.cat([last_input(network, image) for image in images]).amax((0, 2, 3))
+
+    old, new = largest(before), largest(student)
+    live = old > 1e-3 * old.max()
+    assert not live[5]
+    assert live.sum() > 100
+    torch.testing.assert_close(new[live], (old[live] * old[live].mean()).sqrt())
+    torch.testing.assert_close(new[~live], old[~live])
+    torch.testing.assert_close(new * scale.flatten(), old)
+
+
+def test_equalization_rounds_no_weight_of_the_layer_before_anew(equalized) -> None:
+    student, before, *_ = equalized
+    moved = student.conv3.integer_weight() != before.conv3.integer_weight()
+    assert moved.sum() < 5  # of 589,824: those within float32's errors of half a step
+    for name, layer in quantizable_layers(student).items():
+        assert (layer.bits, layer.input_bits) == (8, 8)
+        if name in ("conv1", "conv2"):
+            assert torch.equal(layer.weight, getattr(before, name).weight)
+
+
+def test_equalization_changes_nothing_in_float(equalized) -> None:
+    student, before, images, _ = equalized
+    for network in (student, before):
+        last_layer(network).bits = last_layer(network).input_bits = 0
+        network.eval()
+    with torch.no_grad():
+        expected = last_layer(before)(last_input(before, images[0]))
+        torch.testing.assert_close(last_layer(student)(last_input(student, images[0])), expected)
+
+
+def test_equalization_makes_the_solution_predict_better(equalized, untrained) -> None:
+    student, before, images, _ = equalized
+    model = untrained[0]
+    model.set_teacher_statistics_(map(model.teacher_features, images))
+
+    def mean_map(network: nn.Module) -> float:
+        model.student = network
+        solve_student_(model, images, map(model.teacher_features, images), seed=0)
+        with torch.no_grad():
+            return float(sum(model.maps(image)[0].mean() for image in images))
+
+    assert mean_map(student) < mean_map(before)

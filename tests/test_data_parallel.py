@@ -6,18 +6,19 @@ import pytest
 import torch
 
 
+def fit(cells: Path, results: Path, processes: int, batch_size: int, *closed_form: str) -> list[dict]:
+    """What each process saved."""
+    script = Path(__file__).with_name("fit_in_processes.py")
+    command = [sys.executable, str(script), str(cells), str(results), str(processes), str(batch_size), *closed_form]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [torch.load(path, weights_only=True) for path in sorted(results.glob("rank*.pt"))]
+
+
 @pytest.fixture(scope="module")
 def runs(cells, tmp_path_factory):
     """Outcome of one process with batches of two, and of both of two processes with single images."""
-    script = Path(__file__).with_name("fit_in_processes.py")
-    loaded = {}
-    for processes, batch_size in ((1, 2), (2, 1)):
-        results = tmp_path_factory.mktemp(f"processes{processes}")
-        command = [sys.executable, str(script), str(cells), str(results), str(processes), str(batch_size)]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-        assert done.returncode == 0, done.stderr[-3000:]
-        loaded[processes] = [torch.load(path, weights_only=True) for path in sorted(results.glob("rank*.pt"))]
-    return loaded[1], loaded[2]
+    return [fit(cells, tmp_path_factory.mktemp(f"processes{n}"), n, size) for n, size in ((1, 2), (2, 1))]
 
 
 def test_every_process_ends_with_the_same_model(runs) -> None:
@@ -38,3 +39,9 @@ def test_two_processes_equal_one_with_twice_the_batch(runs) -> None:
         )
         assert a.norm() > 0
         assert (a - b).norm() < 0.02 * a.norm(), network
+
+
+def test_every_process_fine_tunes_from_the_same_student(cells, tmp_path) -> None:
+    """One process alone has solved and equalized it; all take the trained layer and its channels up again."""
+    first, second = (run["fine_tuned_from"] for run in fit(cells, tmp_path, 2, 1, "closed_form"))
+    torch.testing.assert_close(first, second, rtol=0, atol=0)

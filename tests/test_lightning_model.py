@@ -16,9 +16,10 @@ from torch import nn
 from torchvision.transforms.v2 import Compose, Normalize, RandomHorizontalFlip, Resize
 
 from anomalib_raad import RaadModel
-from anomalib_raad.closed_form import solve_student_
+from anomalib_raad.closed_form import equalize_last_input_, solve_student_
 from anomalib_raad.data.training import NormalImages
 from anomalib_raad.quantization.layers import last_layer, quantizable_layers
+from anomalib_raad.stages import Stage
 from anomalib_raad.teacher.weights import load_teacher_
 
 STEPS = 9  # 5 of stage 1, 4 of stage 3; an epoch over 4 kept images ends within each stage
@@ -150,6 +151,31 @@ def test_the_finished_student_is_the_solution_for_its_features(uninterrupted, ce
         last_layer(expected.student).set_weight_(torch.zeros_like(expected.student.conv4.weight))
         solve_student_(expected, seen, map(expected.teacher_features, seen), int(model.run_seed))
     torch.testing.assert_close(model.model.student.conv4.weight, expected.student.conv4.weight)
+
+
+def test_stage_3_starts_from_channels_as_they_were_before_equalization(
+    cell_data, small_raad, engine, monkeypatch
+) -> None:
+    students: dict[str, nn.Module] = {}
+
+    def equalize(student: nn.Module, images: list[torch.Tensor]) -> torch.Tensor:
+        students.setdefault("quantized", deepcopy(student))
+        scale = equalize_last_input_(student, images)
+        assert scale.std() > 0.1
+        return scale
+
+    def keep(trainer, model: Raad, *_arguments) -> None:
+        if model.schedule.stage(trainer.global_step) is Stage.FINE_TUNE:
+            students.setdefault("starts", deepcopy(model.model.student))
+
+    monkeypatch.setattr("anomalib_raad.lightning_model.equalize_last_input_", equalize)
+    model = small_raad(bits=4, closed_form=True)
+    callback = LambdaCallback(on_before_backward=keep)
+    engine(max_steps=2, logger=False, callbacks=[callback]).fit(model, datamodule=cell_data())
+    quantized, starts = students["quantized"], students["starts"]
+    torch.testing.assert_close(starts.conv3.state_dict(), quantized.conv3.state_dict())
+    assert torch.equal(starts.conv4.input_step, quantized.conv4.input_step)
+    assert not torch.equal(model.model.student.conv4.input_step, quantized.conv4.input_step)
 
 
 def test_fine_tuning_in_float(uninterrupted, cell_data, small_raad, engine) -> None:

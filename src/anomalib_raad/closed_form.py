@@ -13,12 +13,14 @@ import torch
 from torch.nn import functional as F  # noqa: N812
 from tqdm import tqdm
 
-from .quantization.layers import QuantConv2d, last_layer
+from .quantization.layers import QuantConv2d, last_layer, quantizable_layers
 from .torch_model import RaadModel, describe
 
 _RIDGE = 1e-4  # times the mean of the diagonal of the Gram matrix; chosen on two sets, see docs/training.md
 _SAMPLES = 48_000  # positions in all; a last layer of PDN-S has 4,097 unknowns a channel
 _ROWS = 512  # of the Gram matrix at a time
+_LIVE = 1e-3  # a channel's largest value, as a share of the largest of all; those below stay as they are
+_GRID_STRIDE = 31  # every so-manieth position of what enters the last layer serves the search of its grid
 
 
 def solve_student_(
@@ -55,6 +57,50 @@ def last_input(pdn: torch.nn.Module, image: torch.Tensor) -> torch.Tensor:
     taps: list[torch.Tensor] = []
     describe(pdn, image, slice(1), taps)
     return taps[-1]
+
+
+@torch.no_grad()
+def equalize_last_input_(pdn: torch.nn.Module, images: Iterable[torch.Tensor]) -> torch.Tensor:
+    """Bring the channels that enter a quantized last layer to more equal ranges, in place, before it is solved.
+
+    :func:`scale_last_input_` by ``s_c = (max x_c / mean_k max x_k)^0.5``. All channels share one input step, chosen for
+    the strong ones; its rounding is the noise that limits how well the solution predicts, and is less for weak ones
+    that are larger. An exponent of 1, which gives all channels one range, detects less (docs/measurements.md).
+
+    Args:
+        pdn: A patch description network in evaluation mode.
+        images: Normal images, each of shape ``(1, 3, H, W)`` in [0, 1].
+
+    Returns:
+        ``s``, of shape ``(c,)``.
+    """
+    largest, some = [], []
+    for image in images:
+        values = last_input(pdn, image).float().flatten(2)
+        largest.append(values.amax(2))
+        some.append(values[..., ::_GRID_STRIDE])
+    top = torch.cat(largest).amax(0)
+    live = top > _LIVE * top.amax()
+    scale = torch.where(live, top / top[live].mean(), torch.ones_like(top)).sqrt()
+    scale_last_input_(pdn, scale)
+    last = last_layer(pdn)
+    last.quantize_input_(torch.cat(some) / scale[:, None], last.input_bits)
+    return scale
+
+
+@torch.no_grad()
+def scale_last_input_(pdn: torch.nn.Module, scale: torch.Tensor) -> None:
+    """Divide the channels that enter a last layer by ``scale``, of shape ``(c,)``, and multiply its weights by it.
+
+    The network computes the same (equalization, arXiv 1906.04721), and of the layer before, which has a weight step for
+    each output channel, no weight is rounded anew.
+    """
+    *_, before, last = quantizable_layers(pdn).values()
+    assert before.bias is not None  # noqa: S101  # every layer of a PDN has one
+    before.bias.div_(scale)
+    for parameter in (before.weight, before.weight_step):
+        parameter.div_(scale.view(-1, 1, 1, 1))
+    last.set_weight_(last.weight * scale.view(1, -1, 1, 1))
 
 
 @torch.no_grad()

@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 from .attention import attention_bias
 from .checkpoints import AtomicCheckpointIO, check_archive
-from .closed_form import solve_student_
+from .closed_form import equalize_last_input_, scale_last_input_, solve_student_
 from .data.drift import Ranges, ranges
 from .data.guard import PredictionGuard
 from .data.penalty import PenaltyImages
@@ -71,6 +71,7 @@ _NEEDS: dict[str, tuple[Callable[[Any], bool], tuple[str, ...]]] = {
     "a share from 0 to 1": (lambda x: 0 <= x <= 1, ("lr_decay",)),
     "a quantile in [0, 1)": (lambda x: 0 <= x < 1, ("p_hard",)),
 }
+_EQUALIZED_IMAGES = 32  # whose largest values equalize the channels that enter the student's last layer
 _PACE_STEPS = (5, 25)  # batches between which the pace is taken for the forecast of the run's length
 
 
@@ -195,7 +196,8 @@ class Raad(AnomalibModule):
         self.schedule = Schedule(train_steps, finetune_steps)
         self._outcome = Outcome({}, {}, [], {}, {})
         self._stages: dict[str, dict[str, Any]] = {}
-        self._trained_layer: dict[str, torch.Tensor] = {}  # the student's last as it was trained, while it is solved
+        # While the student's last layer is solved: the layer as it was trained, and how its input has been scaled.
+        self._trained_layer: dict[str, torch.Tensor] = {}
         self._steps: list[torch.Tensor] = []
         self.seen: Ranges = {}  # properties of the training images
         self._penalty: PenaltyImages | None = None
@@ -328,6 +330,8 @@ class Raad(AnomalibModule):
     def _take_up_training(self) -> None:
         """Go on from the student's trained last layer: with the solution's large weights small steps move far."""
         if self._trained_layer:
+            if (scale := self._trained_layer.get("input_scale")) is not None:
+                scale_last_input_(self.model.student, 1 / scale.to(self.device))
             layer = last_layer(self.model.student)
             layer.load_state_dict(self._trained_layer, strict=False)
             layer.set_weight_(layer.weight)  # with steps of their own
@@ -427,7 +431,13 @@ class Raad(AnomalibModule):
     def solve_student(self) -> None:
         """Solve the student's last layer for the features as they are now, during a fit."""
         with self._evaluating():
-            solve_student_(self.model, *self._calibration_features(), int(self.run_seed))
+            images, features = self._calibration_features()
+            layer = last_layer(self.model.student)
+            if layer.input_bits:
+                self._trained_layer["input_step"] = layer.input_step.detach().clone()
+                scale = equalize_last_input_(self.model.student, images[:_EQUALIZED_IMAGES])
+                self._trained_layer["input_scale"] = scale
+            solve_student_(self.model, images, features, int(self.run_seed))
 
     def _quantize(self) -> None:
         with self._evaluating():
@@ -490,7 +500,8 @@ class Raad(AnomalibModule):
         if self.trainer.is_global_zero:
             change()
         if self.trainer.world_size > 1:
-            state, self._outcome = self.trainer.strategy.broadcast((self.model.state_dict(), self._outcome))
+            result = self.model.state_dict(), self._outcome, self._trained_layer
+            state, self._outcome, self._trained_layer = self.trainer.strategy.broadcast(result)
             self.model.load_state_dict(state)
 
     @contextmanager

@@ -54,7 +54,7 @@ from .torch_model import MAX_IMAGE_SIZE, MIN_IMAGE_SIZE, RaadModel
 
 logger = logging.getLogger(__name__)
 
-_FORMAT = 3  # of checkpoints; raised when an older version can no longer read them
+_FORMAT = 4  # of checkpoints; raised when an older version can no longer read them
 _UNLIMITED_EPOCHS = {None, -1, 1000}  # Lightning's max_epochs when the user has set none (1000), or no limit (-1)
 _NEEDS: dict[str, tuple[Callable[[Any], bool], tuple[str, ...]]] = {
     "a positive number up to 1": (lambda x: 0 < x <= 1, ("lr", "finetune_lr")),

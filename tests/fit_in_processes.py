@@ -30,7 +30,7 @@ if __name__ == "__main__":
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
-    students = []  # at each step
+    students = []  # before each step; the third is the first of stage 3
     keep = LambdaCallback(on_before_backward=lambda _, model, __: students.append(deepcopy(model.model.student)))
     engine = Engine(
         max_steps=4, devices=processes, strategy="ddp" if processes > 1 else "auto", accelerator="cpu", logger=False,

@@ -110,7 +110,7 @@ def test_solving_mends_what_quantization_did(untrained) -> None:
 
 @pytest.fixture
 def equalized(untrained, coarse_grids):
-    """A quantized student, its last two layers before equalization and what was said of it."""
+    """A quantized and equalized student, what it was before, the images it saw, and the scale."""
     model, images = untrained
     quantize_(model, images, images, Allocation(8))
     with torch.no_grad():

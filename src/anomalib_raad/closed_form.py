@@ -93,14 +93,15 @@ def scale_last_input_(pdn: torch.nn.Module, scale: torch.Tensor) -> None:
     """Divide the channels that enter a last layer by ``scale``, of shape ``(c,)``, and multiply its weights by it.
 
     The network computes the same (equalization, arXiv 1906.04721), and of the layer before, which has a weight step for
-    each output channel, no weight is rounded anew.
+    each output channel, no weight is rounded anew. The last layer's weight steps are left for what comes next, its
+    solution or its trained weights: either chooses its own.
     """
     *_, before, last = quantizable_layers(pdn).values()
     assert before.bias is not None  # noqa: S101  # every layer of a PDN has one
     before.bias.div_(scale)
     for parameter in (before.weight, before.weight_step):
         parameter.div_(scale.view(-1, 1, 1, 1))
-    last.set_weight_(last.weight * scale.view(1, -1, 1, 1))
+    last.weight.mul_(scale.view(1, -1, 1, 1))
 
 
 @torch.no_grad()

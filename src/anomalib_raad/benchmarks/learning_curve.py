@@ -199,7 +199,7 @@ def plot(results: Path = RESULTS) -> None:
             seconds, auroc = by_step["seconds"].mean(), by_step["image_AUROC"]
             axis.plot(seconds, auroc.mean(), marker="o", markersize=3, label=name)
             axis.fill_between(seconds, auroc.min(), auroc.max(), alpha=0.2)
-        axis.set(title=data, xlabel="processor seconds of training", ylabel="image AUROC", xscale="log")
+        axis.set(title=data, xlabel="processor seconds of training", ylabel="image AUROC", xlim=(0, None))
     axes[0][-1].legend()
     figure.savefig(results / "curves.png", dpi=120)
     plt.close(figure)

@@ -15,7 +15,7 @@ $(INSTALLED): pyproject.toml src/anomalib_raad.pth
 	touch $@
 
 demo: $(INSTALLED) ## Train, quantize, fine-tune and test on real solar cells
-	$(BIN)/python -m anomalib_raad.demo
+	$(BIN)/python -m benchmarks.demo
 
 test: $(INSTALLED) lint type-check ## Check the code and run the tests, two files at a time
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile

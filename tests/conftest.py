@@ -1,6 +1,7 @@
 """Real solar cells at 64x64 pixels: a PDN-S step takes a tenth of a second on them."""
 
 import shutil
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from lightning.pytorch.loggers import CSVLogger
 
 from anomalib_raad import RaadModel
 from anomalib_raad.data.elpv import make_elpv_samples
-from anomalib_raad.quantization.quantizers import weight_range
+from anomalib_raad.quantization.uniform import weight_range
 from anomalib_raad.teacher.weights import load_teacher_
 
 SMALL = (64, 64)
@@ -102,23 +103,29 @@ def engine(tmp_path: Path):
     return make
 
 
-@pytest.fixture
-def untrained(cells):
-    """A model with the bundled teacher, and real images."""
+@pytest.fixture(scope="session")
+def untrained_model(cells):
+    """A model with the bundled teacher, and real images. Leave it as it is, or take a copy, ``untrained``."""
     torch.manual_seed(0)
     model = RaadModel().eval()
     load_teacher_(model.teacher, "bundled", "small")
     images = [read_image(path, as_tensor=True)[None, :, :128, :128] for path in sorted(cells.glob("train/*"))]
-    model.set_teacher_statistics_(map(model.teacher_features, images))
+    model.set_teacher_statistics_(map(model.teacher, images))
     return model, images
 
 
 @pytest.fixture
-def coarse_grids(monkeypatch) -> None:
-    """Weight steps from the largest weight: the search for better ones takes most of a run of a few steps."""
+def untrained(untrained_model):
+    """The same, for a test that changes it."""
+    return deepcopy(untrained_model)
 
-    def step(weight: torch.Tensor, bits: int) -> torch.Tensor:
+
+@pytest.fixture
+def coarse_grids(monkeypatch) -> None:
+    """Weight scales from the largest weight: the search for better ones takes most of a run of a few steps."""
+
+    def scale(weight: torch.Tensor, bits: int) -> torch.Tensor:
         largest = weight.abs().amax((1, 2, 3), keepdim=True) / weight_range(bits)[1]
         return largest.clamp(min=torch.finfo(weight.dtype).tiny)  # a channel of zeros
 
-    monkeypatch.setattr("anomalib_raad.quantization.layers.search_weight_step", step)
+    monkeypatch.setattr("anomalib_raad.quantization.quantizers.search_weight_scale", scale)

@@ -31,7 +31,7 @@ def test_anomalib_reads_the_configuration(path: Path, tmp_path) -> None:
 def test_the_configuration_runs(path: Path, cells, cell_data, tmp_path, monkeypatch) -> None:
     """Two steps with narrow networks on a few small cells, with a teacher that needs no download, no closed form."""
     narrow = partial(RaadModel, out_channels=8)
-    monkeypatch.setattr("anomalib_raad.lightning_model.RaadModel", narrow)
+    monkeypatch.setattr("anomalib_raad.raad.lightning_model.RaadModel", narrow)
     options = yaml.safe_load(path.read_text())["model"].get("init_args", {})
     save_teacher(narrow(options.get("model_size", "small")).teacher, tmp_path / "teacher.safetensors")
     overrides = {
@@ -49,6 +49,17 @@ def test_the_configuration_runs(path: Path, cells, cell_data, tmp_path, monkeypa
     engine.fit(model, datamodule=cell_data())
     assert model.model.quantized
     assert engine.trainer.global_step == 2
+
+
+def test_the_papers_values_are_the_same_everywhere() -> None:
+    configs = Path(__file__).parents[1] / "configs"
+    alone = yaml.safe_load((configs / "raad_paper.yaml").read_text())["model"]["init_args"]
+    compared = yaml.safe_load((configs / "compare_paper.yaml").read_text())["models"]["Raad"]["init_args"]
+    assert compared == alone
+    protocol = yaml.safe_load((configs / "raad_efficientad.yaml").read_text())["model"]["init_args"]
+    # What the two protocols differ in; the paper of RAAD says it otherwise, or not at all.
+    own = {"lr", "lr_decay", "penalty_dir", "normalize_maps", "activation_bits"}
+    assert {k: v for k, v in protocol.items() if k not in own} == {k: v for k, v in alone.items() if k not in own}
 
 
 def test_there_are_configurations() -> None:

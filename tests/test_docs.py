@@ -36,9 +36,9 @@ def test_what_a_page_names_exists(page: Path) -> None:
     assert set(re.findall(r"--model\.(\w+)", text)) <= options
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
     assert set(re.findall(r"`make ([a-z-]+)`", text)) <= targets
-    for path in re.findall(r"\b((?:configs|docs|notebooks|src|tests)/[\w/.-]+\.\w+)", text):
+    for path in re.findall(r"\b((?:benchmarks|configs|docs|notebooks|src|tests)/[\w/.-]+\.\w+)", text):
         assert (ROOT / path).is_file(), path
-    for module in re.findall(r"python -m (anomalib_raad[\w.]+)", text):
+    for module in re.findall(r"python -m ((?:anomalib_raad|benchmarks)[a-z_.]+[a-z])", text):
         assert find_spec(module), module
 
 
@@ -75,3 +75,9 @@ def test_an_efficientad_becomes_a_raad(cell_data, engine, tmp_path, monkeypatch)
     engine(fast_dev_run=2).fit(raad, datamodule=cell_data())
     assert raad.model.quantized
     torch.testing.assert_close(raad.model.teacher.conv4.weight, efficientad.model.teacher.conv4.weight, rtol=0, atol=0)
+
+
+def test_the_documentation_stays_short() -> None:
+    """Whoever adds a page says the rest in fewer words."""
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 90
+    assert sum(len(page.read_text().split()) for page in (ROOT / "docs").glob("*.md")) <= 8000

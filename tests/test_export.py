@@ -103,7 +103,8 @@ def test_openvino(finished: Raad, images: torch.Tensor, tmp_path, input_size) ->
 def test_openvino_with_activations_of_8_bits(finished: Raad, images: torch.Tensor, tmp_path) -> None:
     mixed = deepcopy(finished)
     for network in (mixed.model.teacher, mixed.model.student):
-        network.conv3.quantize_(2, torch.linspace(0, 15 * float(network.conv3.input_step), 1000), 8)
+        network.conv3.quantize_weight_(2)
+        network.conv3.quantize_input_(torch.linspace(0, 15 * float(network.conv3.input_quantizer.scale), 1000), 8)
     assert not torch.equal(expected(mixed, images)["anomaly_map"], expected(finished, images)["anomaly_map"])
     assert_close(run(compiled(mixed.to_openvino(tmp_path, input_size=(64, 64))), images), mixed, images)
 

@@ -1,11 +1,15 @@
 """The built wheel in a clean environment: Raad is known to anomalib without anybody importing it."""
 
+import ast
 import json
+import re
 import subprocess
 import sys
 import sysconfig
 import venv
+from importlib.metadata import packages_distributions
 from pathlib import Path
+from zipfile import ZipFile
 
 import pytest
 
@@ -35,7 +39,7 @@ if __name__ == "__main__":
 
 # The class's home imported first: it asks for anomalib, whose hook asks for the class.
 HOME_FIRST = """
-import anomalib_raad.lightning_model as home
+import anomalib_raad.raad.lightning_model as home
 from anomalib.models import Raad, list_models
 print(Raad is home.Raad and "raad" in list_models())
 """
@@ -84,6 +88,39 @@ def environment(request, wheel, tmp_path_factory: pytest.TempPathFactory) -> Env
     return environment
 
 
+def test_what_the_wheel_holds(wheel: Path) -> None:
+    """The package, its data and the start-up hook; no benchmark, no test."""
+    names = {name for name in ZipFile(wheel).namelist() if ".dist-info/" not in name}
+    source = PROJECT / "src"
+    expected = {path.relative_to(source).as_posix() for path in source.rglob("*") if path.is_file()}
+    assert names == {name for name in expected if "__pycache__" not in name}
+    data = {Path(name).name for name in names if not name.endswith(".py")}
+    assert data == {
+        "anomalib_raad.pth",
+        "py.typed",
+        "published_results.json",
+        "report.html",
+        "teacher_small.safetensors",
+    }
+
+
+def test_what_is_imported_is_declared() -> None:
+    tomllib = pytest.importorskip("tomllib")  # of Python 3.11
+    project = tomllib.loads((PROJECT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    optional = [name for extra in ("openvino", "distill", "cluster", "inspect") for name in extras[extra]]
+    declared = {re.match(r"[\w-]+", name)[0].lower() for name in [*project["dependencies"], *optional]}
+    distributions = packages_distributions()
+    for path in (PROJECT / "src").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            modules = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            modules += [node.module] if isinstance(node, ast.ImportFrom) and not node.level else []
+            for module in {name.partition(".")[0] for name in modules} - {"anomalib_raad", *sys.stdlib_module_names}:
+                names = {name.lower() for name in distributions.get(module, [module])} | {module.replace("_", "-")}
+                # OpenVINO comes with an extra of anomalib.
+                assert module == "openvino" or any(name.startswith(tuple(names)) for name in declared), (path, module)
+
+
 def last_line(result: subprocess.CompletedProcess[str]) -> object:
     return json.loads(result.stdout.strip().splitlines()[-1].lower())
 
@@ -123,7 +160,7 @@ def test_command_line(environment: Environment, tmp_path: Path) -> None:
     script = tmp_path / "parse.py"
     script.write_text(PARSE.replace("RUNS", repr(runs)))
     parsed = json.loads(environment.run(script, cwd=tmp_path).stdout.strip().splitlines()[-1])
-    assert parsed == ["anomalib_raad.lightning_model Raad"] * len(runs)
+    assert parsed == ["anomalib_raad.raad.lightning_model Raad"] * len(runs)
 
 
 # Runs anomalib's own command line up to the point where it would instantiate the classes.

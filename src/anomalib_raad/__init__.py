@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .data.elpv import Elpv
-    from .lightning_model import Raad
-    from .torch_model import RaadModel
+    from .raad.lightning_model import Raad
+    from .raad.torch_model import RaadModel
 
 __all__ = ["Elpv", "Raad", "RaadModel"]
 __version__ = "0.1.0"
 
-_HOMES = {"Elpv": ".data.elpv", "Raad": ".lightning_model", "RaadModel": ".torch_model"}
+_HOMES = {"Elpv": ".data.elpv", "Raad": ".raad.lightning_model", "RaadModel": ".raad.torch_model"}
 
 
 def __getattr__(name: str) -> object:

@@ -9,14 +9,14 @@ from pathlib import Path
 from jsonargparse import auto_cli
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
-from .teacher.distillation import Distillation, PhotoFolder
-from .teacher.weights import save_teacher
+from anomalib_raad.teacher.distillation import Distillation, PhotoFolder
+from anomalib_raad.teacher.weights import save_teacher
 
 USAGE = """usage: anomalib-raad COMMAND [--help] [--config FILE] [options]
 
   distill   distil a teacher from a backbone and a folder of photos (Eq. 1)
   compare   fit and test several models on several data sets with several seeds
-  figures   draw where each stage of a finished run looks
+  figures   draw where each stage of a finished run looks, and look at its layers
   inspect   show in the browser what a deployed model says about images
 """
 
@@ -54,19 +54,26 @@ def distill(arguments: Sequence[str]) -> None:
 
 
 def figures(results: Path) -> None:
-    """Draw the figures of a finished run, as a test of it does (see :mod:`~anomalib_raad.figures`).
+    """Draw the figures of a finished run, as a test of it does, and look at its layers.
+
+    Writes ``stages.png``, ``attention.png``, ``layers.png``, ``diagnostics.png`` and ``diagnostics.json``; see
+    :mod:`~anomalib_raad.report.stages` and :mod:`~anomalib_raad.report.diagnostics`.
 
     Args:
         results: Results folder of ``anomalib train``, with its ``config.yaml``.
     """
     from anomalib.engine import Engine  # noqa: PLC0415  # slow to import
 
-    from .figures import draw_figures  # noqa: PLC0415
+    from .raad.diagnosis import diagnose_run  # noqa: PLC0415
+    from .raad.schedule import STAGE_CHECKPOINTS  # noqa: PLC0415
+    from .report.stages import checkpoint_paths, draw_figures  # noqa: PLC0415
 
     _, model, datamodule = Engine.from_config(results / "config.yaml")
-    datamodule.setup("test")
-    for path in draw_figures(results, model, datamodule.test_data):
+    datamodule.setup()
+    checkpoints = checkpoint_paths(results, STAGE_CHECKPOINTS)
+    for path in draw_figures(results, checkpoints, model, datamodule.test_data):
         sys.stdout.write(f"{path}\n")
+    sys.stdout.write(f"{diagnose_run(results, next(iter(checkpoints.values())), datamodule)}\n")
 
 
 def main() -> None:
@@ -75,7 +82,7 @@ def main() -> None:
     if command == "distill":
         distill(arguments)
     elif command == "compare":
-        from .benchmarks.comparison import compare  # noqa: PLC0415  # plotting libraries that nothing else needs
+        from .compare.grid import compare  # noqa: PLC0415  # plotting libraries that nothing else needs
 
         sys.exit(min(1, auto_cli(compare, args=arguments, as_positional=False, prog="anomalib-raad compare")))
     elif command == "figures":

@@ -18,8 +18,8 @@ from PIL import Image
 from torchvision.transforms.v2.functional import resize
 
 from .data.readable import unreadable
-from .lightning_model import Raad
 from .quantization.layers import quantizable_layers
+from .raad.lightning_model import Raad
 
 COLUMNS = ["image", "score (threshold 0.5)", "verdict", "milliseconds"]
 

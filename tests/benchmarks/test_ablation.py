@@ -5,13 +5,13 @@ import pytest
 import torch
 from anomalib.models import Raad
 
-from anomalib_raad.benchmarks import ablation
+from benchmarks import ablation
 
 
 def test_rows_share_the_first_stage_and_the_steps(cell_data, small_raad, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(ablation, "Raad", small_raad)
     results = tmp_path / "ablation"
-    rows = ["longer baseline", "HQS", "HQS, in float", "LSQ 8/8"]
+    rows = ["longer baseline", "HQS", "uniform 4"]
 
     def measure() -> None:
         options = {"calibration_images": 2, "image_size": (96, 64), "results": results}
@@ -22,14 +22,14 @@ def test_rows_share_the_first_stage_and_the_steps(cell_data, small_raad, tmp_pat
     assert {cell["row"] for cell in cells.values()} == {"uniform 8", *rows}
     tested = {cell["row"]: list(cell)[3:] for cell in cells.values()}
     assert tested["uniform 8"] == ["model", "quantized", "trained"]
-    assert tested["HQS, in float"] == ["model"]
+    assert tested["HQS"] == ["model", "quantized"]
 
     def checkpoint(row: str, stage: str) -> dict:
         return torch.load(results / "runs" / f"cells-{row}-3" / f"{stage}.ckpt", weights_only=True)
 
     first = checkpoint("uniform_8", "trained")
     assert first["global_step"] == 2
-    shared = checkpoint("LSQ_8_8", "trained")["state_dict"]
+    shared = checkpoint("uniform_4", "trained")["state_dict"]
     weights = {name: value for name, value in first["state_dict"].items() if name.endswith(("weight", "bias"))}
     assert len(weights) > 40
     assert all(torch.equal(shared[name], value) for name, value in weights.items())
@@ -45,10 +45,8 @@ def test_rows_share_the_first_stage_and_the_steps(cell_data, small_raad, tmp_pat
     assert (results / "ablation.png").stat().st_size > 5_000
     table = pd.read_csv(results / "ablation.csv")
     assert table["image_AUROC"].between(0, 1).all()
-    fine_tuned = ["HQS", "HQS, fine-tuned", "HQS, in float, fine-tuned", "LSQ 8/8", "LSQ 8/8, fine-tuned"]
-    assert sorted(table["row"]) == sorted(
-        ["baseline", "longer baseline", "uniform 8", "uniform 8, fine-tuned", *fine_tuned]
-    )
+    fine_tuned = [f"{row}{end}" for row in ("HQS", "uniform 4", "uniform 8") for end in ("", ", fine-tuned")]
+    assert sorted(table["row"]) == sorted(["baseline", "longer baseline", *fine_tuned])
     lines = (results / "ablation.md").read_text().splitlines()
     assert [line.split("|")[1].strip() for line in lines[2:4]] == ["baseline", "longer baseline"]
 

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from anomalib_raad.benchmarks.endurance import _trend, infer
+from benchmarks.endurance import _trend, infer
 
 
 def test_the_largest_difference_of_two_scores_of_one_image() -> None:

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch.nn.functional import interpolate
 
-from anomalib_raad.benchmarks.feature_detection import by_neighbours, by_student, candidates
+from benchmarks.feature_detection import by_neighbours, by_student, candidates
 
 MAPS = {"all": slice(None), "seeing": slice(2, None), "blind": slice(2)}
 

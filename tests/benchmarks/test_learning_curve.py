@@ -6,9 +6,9 @@ from anomalib.models import EfficientAd, Raad
 from anomalib.utils.path import get_pretrained_weights_dir
 from PIL import Image
 
-from anomalib_raad.benchmarks.learning_curve import measure, plot
+from anomalib_raad.raad.torch_model import RaadModel
 from anomalib_raad.teacher.weights import load_teacher_
-from anomalib_raad.torch_model import RaadModel
+from benchmarks.learning_curve import measure, plot
 
 STEPS = [0, 2, 3]
 
@@ -32,7 +32,7 @@ def test_raads_first_stage_is_measured_once(cell_data, small_raad, tmp_path) -> 
 
 
 def test_measuring_as_if_stage_1_ended_leaves_the_training_alone(cell_data, small_raad, tmp_path, monkeypatch) -> None:
-    for place in ("anomalib_raad.lightning_model", "anomalib_raad.benchmarks.learning_curve"):
+    for place in ("anomalib_raad.raad.lightning_model", "benchmarks.learning_curve"):
         monkeypatch.setattr(f"{place}.AUTOENCODER_STEPS", 1)
     measured, models = [], []
 
@@ -47,7 +47,7 @@ def test_measuring_as_if_stage_1_ended_leaves_the_training_alone(cell_data, smal
         models.append(small_raad(closed_form=True))
         return models[-1]
 
-    monkeypatch.setattr("anomalib_raad.benchmarks.learning_curve._test", note)
+    monkeypatch.setattr("benchmarks.learning_curve._test", note)
     for steps in ([1, 2], [2]):
         measure(model, cell_data(val_split_mode="from_train"), steps, f"{len(steps)}", results=tmp_path)
     often, once = (student(each) for each in models)

@@ -4,7 +4,8 @@ import pytest
 openvino = pytest.importorskip("openvino")
 from openvino import opset13  # noqa: E402
 
-from anomalib_raad.benchmarks.openvino import _peak_model, convolutions, multiply_adds  # noqa: E402
+from anomalib_raad.export.openvino import convolutions  # noqa: E402
+from benchmarks.openvino import _peak_model, multiply_adds  # noqa: E402
 
 
 def test_multiply_adds_of_a_convolution() -> None:

@@ -1,6 +1,6 @@
 from lightning.pytorch.trainer.states import TrainerFn
 
-from anomalib_raad.benchmarks.testing import set_up_
+from benchmarks.testing import set_up_
 
 
 def test_part_of_the_test_images__stays_when_a_trainer_sets_the_data_up(cell_data) -> None:

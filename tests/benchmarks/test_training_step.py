@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from anomalib_raad import RaadModel
-from anomalib_raad.benchmarks.training_step import Variant, _multiply_adds, _step
+from benchmarks.training_step import Variant, _multiply_adds, _step
 
 # Multiply-adds of PDN-S on a 256x256 image, without padding, with 384 outputs.
 CONV1, CONV2, CONV3, CONV4 = 253**2 * 128 * 48, 123**2 * 256 * 2048, 59**2 * 256 * 2304, 56**2 * 384 * 4096
@@ -14,7 +14,7 @@ STUDENT_PASS = 3 * PDN - CONV1  # forward, by the weights, and by the input exce
 def autoencoder_pass() -> int:
     """Forward and backward of the autoencoder, measured alone."""
     model = RaadModel().train()
-    return _multiply_adds(lambda: model.autoencode(torch.rand(1, 3, 256, 256), (56, 56)).sum().backward())
+    return _multiply_adds(lambda: model.ae(torch.rand(1, 3, 256, 256), (56, 56)).sum().backward())
 
 
 def test_efficientads_step_is_two_teachers_and_three_whole_students(autoencoder_pass: int) -> None:

@@ -2,7 +2,6 @@ import re
 
 import pytest
 import torch
-from PIL import Image
 
 from anomalib_raad.data.drift import differences, ranges
 
@@ -35,15 +34,3 @@ def test_what_differs_is_named(images, change, names: list[str]) -> None:
 
 def test_ranges_are_told(images) -> None:
     assert differences(images[0][:1].expand(3, -1, -1), ranges(images)) == "channels 1 (training: 3 to 3)"
-
-
-def test_prediction_warns_once(images, small_raad, engine, tmp_path, caplog) -> None:
-    for name in "ab":
-        Image.new("RGB", (80, 60), "red").save(tmp_path / f"{name}.png")
-    model = small_raad()
-    engine(logger=False).predict(model, data_path=tmp_path)
-    assert "unlike" not in caplog.text  # a model that knows of no training images
-    model.seen = ranges(images)
-    engine(logger=False).predict(model, data_path=tmp_path)
-    assert caplog.text.count("a.png is unlike the training images: contrast 0.471 (training: ") == 1
-    assert "b.png is unlike" not in caplog.text

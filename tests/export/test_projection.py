@@ -24,7 +24,7 @@ def test_fewer_directions_keep_the_maps_on_average(untrained) -> None:
     torch.testing.assert_close(after, before, rtol=0.15, atol=0)
     lasts = [list(quantizable_layers(network).values())[-1] for network in (model.teacher, model.student, model.ae)]
     assert [len(last.weight) for last in lasts] == [96, 192, 96]
-    assert all(last.bits == 8 and last.weight_step.shape == (len(last.weight), 1, 1, 1) for last in lasts)
+    assert all(last.bits == 8 and last.weight_quantizer.scale.shape == (len(last.weight), 1, 1, 1) for last in lasts)
 
 
 def test_the_projected_state_is_plain(untrained) -> None:

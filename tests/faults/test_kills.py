@@ -55,7 +55,7 @@ class Runs:
         (folder / "config.yaml").write_text(CONFIG)
         # A server that has imported everything forks the processes, so that each starts in a moment.
         self.context = multiprocessing.get_context("forkserver")
-        self.context.set_forkserver_preload(["anomalib.cli.cli", "anomalib_raad.lightning_model"])
+        self.context.set_forkserver_preload(["anomalib.cli.cli", "anomalib_raad.raad.lightning_model"])
 
     def start(self) -> multiprocessing.Process:
         """Start, or resume from the last checkpoint."""

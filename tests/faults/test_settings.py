@@ -26,9 +26,7 @@ VALID = {
     "train_steps": steps,
     "finetune_steps": steps,
     "p_hard": st.floats(0, 0.9999),
-    "lambda_st": weight,
-    "lambda_stae": weight,
-    "lambda_ae": weight,
+    "lambdas": st.tuples(weight, weight, weight),
     "normalize_maps": st.booleans(),
     "bits": st.none() | bits | st.dictionaries(st.sampled_from(["conv1", "conv2", "conv3", "conv4"]), bits),
     "average_bits": st.floats(2, 8),
@@ -36,16 +34,16 @@ VALID = {
     "autoencoder_bits": bits,
     "hqs_thresholds": st.lists(st.floats(0.001, 0.999), min_size=3, max_size=3, unique=True).map(sorted).map(tuple),
     "reconstruction_iterations": st.integers(0, 1),
-    "fisher": st.booleans(),
     "closed_form": st.booleans(),
     "held_out": st.floats(1e-9, 0.9999),
     "calibration_images": st.integers(1, 10),
 }
 ANY = {
-    **{name: number for name in VALID if name not in {"bits", "hqs_thresholds"}},
+    **{name: number for name in VALID if name not in {"bits", "hqs_thresholds", "lambdas"}},
     "model_size": st.text(max_size=8),
     "bits": number | st.dictionaries(st.sampled_from(["conv1", "conv2", "conv9"]), number),
     "hqs_thresholds": st.tuples(number, number, number),
+    "lambdas": st.tuples(number, number, number),
 }
 
 

@@ -6,18 +6,24 @@ from torch.nn import functional as F  # noqa: N812
 from anomalib_raad.quantization.layers import (
     QuantAvgPool2d,
     QuantConv2d,
-    dequantize_,
     make_quantizable_,
+    other_quantizers,
     quantizable_layers,
     quantizable_poolings,
 )
-from anomalib_raad.quantization.quantizers import BITS
+from anomalib_raad.quantization.uniform import BITS
 
 
 @pytest.fixture
 def conv() -> nn.Conv2d:
     torch.manual_seed(0)
     return nn.Conv2d(3, 5, kernel_size=3, padding=1, stride=2)
+
+
+def quantized(layer: QuantConv2d, bits: int, values: torch.Tensor) -> QuantConv2d:
+    layer.quantize_weight_(bits)
+    layer.quantize_input_(values, bits)
+    return layer
 
 
 def test_unquantized_layer_is_the_convolution(conv: nn.Conv2d) -> None:
@@ -32,13 +38,13 @@ def test_unquantized_layer_is_the_convolution(conv: nn.Conv2d) -> None:
 def test_quantized_layer_equals_integer_convolution(conv: nn.Conv2d, bits: int) -> None:
     """Integers in, integers out: accumulate int32 products and scale once."""
     x = torch.rand(2, 3, 9, 9)
-    layer = QuantConv2d.from_conv(conv)
-    layer.quantize_(bits, x)
-    x_int = (x / layer.input_step).round().clamp(0, 2**bits - 1).double()
+    layer = quantized(QuantConv2d.from_conv(conv), bits, x)
+    x_int = (x / layer.input_quantizer.scale).round().clamp(0, 2**bits - 1).double()
     half = min(2 ** (bits - 1), 64)
-    w_int = (layer.weight / layer.weight_step).round().clamp(-half, half - 1).double()
+    w_int = (layer.weight / layer.weight_quantizer.scale).round().clamp(-half, half - 1).double()
     accumulated = F.conv2d(x_int, w_int, padding=1, stride=2)
-    expected = accumulated * layer.input_step * layer.weight_step.view(1, -1, 1, 1) + layer.bias.view(1, -1, 1, 1)
+    scale = layer.input_quantizer.scale * layer.weight_quantizer.scale.view(1, -1, 1, 1)
+    expected = accumulated * scale + layer.bias.view(1, -1, 1, 1)
     torch.testing.assert_close(layer(x).double(), expected, rtol=1e-5, atol=1e-5)  # in training
     torch.testing.assert_close(layer.eval()(x).double(), expected, rtol=2e-7, atol=1e-7)
     assert torch.equal(layer(x, slice(1, 3)), layer(x)[:, 1:3])
@@ -47,48 +53,51 @@ def test_quantized_layer_equals_integer_convolution(conv: nn.Conv2d, bits: int) 
 
 
 def test_in_bfloat16_only_the_sums_of_integers_are_rounded(conv: nn.Conv2d) -> None:
-    layer, image = QuantConv2d.from_conv(conv).eval(), torch.randn(2, 3, 9, 9)
-    layer.quantize_(8, image)
-    inputs = torch.round(layer.quantized_input(image) / layer.input_step)
-    sums = F.conv2d(inputs, layer.integer_weight(), None, conv.stride, conv.padding)
-    step = (layer.input_step * layer.weight_step).view(1, -1, 1, 1)
+    image = torch.randn(2, 3, 9, 9)
+    layer = quantized(QuantConv2d.from_conv(conv).eval(), 8, image)
+    inputs = torch.round(layer.quantized_input(image) / layer.input_quantizer.scale)
+    sums = F.conv2d(inputs, layer.weight_quantizer.integers(layer.weight), None, conv.stride, conv.padding)
+    scale = (layer.input_quantizer.scale * layer.weight_quantizer.scale).view(1, -1, 1, 1)
     with torch.autocast("cpu", torch.bfloat16):
         output = layer(image)
-    torch.testing.assert_close(output, sums.bfloat16().float() * step + layer.bias.view(1, -1, 1, 1))
+    torch.testing.assert_close(output, sums.bfloat16().float() * scale + layer.bias.view(1, -1, 1, 1))
 
 
-def test_inputs_of_a_first_layer_stay_as_they_are(conv: nn.Conv2d) -> None:
-    layer = QuantConv2d.from_conv(conv)
-    layer.quantize_(4, None)
-    assert (layer.bits, layer.input_bits) == (4, 0)
+def test_the_input_stays_as_it_is_until_it_is_quantized(conv: nn.Conv2d) -> None:
+    layer = QuantConv2d.from_conv(conv).eval()
+    layer.quantize_weight_(4)
+    assert (layer.bits, layer.input_quantizer.bits) == (4, 0)
+    x = torch.randn(2, 3, 9, 9)
+    torch.testing.assert_close(layer(x), F.conv2d(x, layer.quantized_weight(), conv.bias, 2, 1))
 
 
 def test_state_dict_carries_the_whole_state(conv: nn.Conv2d) -> None:
-    layer = QuantConv2d.from_conv(conv)
-    layer.quantize_(3, torch.randn(100))
+    layer = quantized(QuantConv2d.from_conv(conv), 3, torch.randn(100))
     fresh = QuantConv2d.from_conv(nn.Conv2d(3, 5, kernel_size=3, padding=1, stride=2))
     fresh.load_state_dict(layer.state_dict())
     x = torch.randn(1, 3, 8, 8)
-    assert (fresh.bits, fresh.input_bits) == (3, 3)
+    assert (fresh.bits, fresh.input_quantizer.bits) == (3, 3)
     assert torch.equal(fresh(x), layer(x))
 
 
-def test_state_of_before_format_3_keeps_the_whole_range_of_8_bits(conv: nn.Conv2d) -> None:
-    layer = QuantConv2d.from_conv(conv)
-    layer.set_extra_state({"bits": 8, "input_bits": 0})
-    with torch.no_grad():
-        layer.weight.copy_(torch.linspace(-128, 127, layer.weight.numel()).view_as(layer.weight))
-        assert (layer.integer_weight().amin(), layer.integer_weight().amax()) == (-128, 127)
-        assert layer.get_extra_state()["full_range"]
-        layer.set_weight_(layer.weight)
-    assert not layer.get_extra_state()["full_range"]
-    assert (layer.integer_weight().amin(), layer.integer_weight().amax()) == (-64, 63)
+def test_a_convolution_without_bias__error() -> None:
+    with pytest.raises(ValueError, match="has no bias"):
+        QuantConv2d.from_conv(nn.Conv2d(3, 5, 1, bias=False))
 
 
-@pytest.mark.parametrize("state", [{"bits": 5}, {"bits": 8, "input_bits": -1}, {"code": 8}])
-def test_set_extra_state__error(conv: nn.Conv2d, state: dict[str, int]) -> None:
-    with pytest.raises(ValueError, match="allowed are bits and input_bits"):
-        QuantConv2d.from_conv(conv).set_extra_state(state)
+def test_other_quantizers_are_there_for_a_while_only(conv: nn.Conv2d) -> None:
+    class Doubling(nn.Module):
+        computes_integers, bits = False, 8
+
+        def forward(self, weight: torch.Tensor, channels: slice) -> torch.Tensor:
+            return 2 * weight[channels]
+
+    layer, x = QuantConv2d.from_conv(conv), torch.randn(2, 3, 9, 9)
+    own = layer.weight_quantizer
+    with other_quantizers({layer: {"weight_quantizer": Doubling()}}):
+        torch.testing.assert_close(layer(x), F.conv2d(x, 2 * conv.weight, conv.bias, 2, 1))
+    assert layer.weight_quantizer is own
+    assert torch.equal(layer(x), conv(x))
 
 
 @pytest.fixture
@@ -111,17 +120,15 @@ def test_a_pooling_in_training_or_without_a_grid_is_the_pooling(pooling: QuantAv
     expected = F.avg_pool2d(x, 2, padding=1)
     assert torch.equal(pooling.train()(x), expected)
     assert not torch.equal(pooling.eval()(x), expected)
-    dequantize_(pooling)
+    pooling.input_quantizer.bits = 0
     assert torch.equal(pooling(x), expected)
 
 
 def test_state_dict_of_a_pooling(pooling: QuantAvgPool2d) -> None:
     fresh = QuantAvgPool2d.from_pool(nn.AvgPool2d(2))
-    fresh.load_state_dict({})  # of format 1
-    assert fresh.input_bits == 0
     fresh.load_state_dict(pooling.state_dict())
-    assert fresh.input_bits == 8
-    assert fresh.input_step == pooling.input_step
+    assert fresh.input_quantizer.bits == 8
+    assert fresh.input_quantizer.scale == pooling.input_quantizer.scale
 
 
 def test_make_quantizable_replaces_nested_layers_in_place() -> None:

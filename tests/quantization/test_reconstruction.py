@@ -6,9 +6,11 @@ import pytest
 import torch
 from torch import nn
 
+from anomalib_raad.quantization import reconstruction
 from anomalib_raad.quantization.layers import QuantConv2d, make_quantizable_
-from anomalib_raad.quantization.quantizers import weight_range
+from anomalib_raad.quantization.quantizers import WeightQuantizer
 from anomalib_raad.quantization.reconstruction import Reconstruction, fisher_weights, reconstruct_
+from anomalib_raad.quantization.uniform import weight_range
 
 BITS = 2
 TOY = Reconstruction(regularization=10.0)  # for blocks of a hundred weights instead of a million
@@ -37,7 +39,9 @@ def quantized(blocks: list[nn.Module], bits: int = BITS, input_bits: bool = True
     for block in blocks:
         for layer in block:
             if isinstance(layer, QuantConv2d):
-                layer.quantize_(bits, torch.linspace(0, 3, 1000) if input_bits else None)
+                layer.quantize_weight_(bits)
+                if input_bits:
+                    layer.quantize_input_(torch.linspace(0, 3, 1000), bits)
     return blocks
 
 
@@ -47,11 +51,11 @@ def test_rounding_is_among_the_best_of_all(inputs, generator) -> None:
     reference[0][0].weight.data = torch.linspace(0.3, 0.45, 8).view(1, 4, 2, 1)  # nearest rounding makes them all 0
     blocks = quantized(reference, input_bits=False)
     layer, target = blocks[0][0], reference[0](inputs).detach()
-    layer.weight_step.fill_(1.0)
+    layer.weight_quantizer.scale.fill_(1.0)
     floor = layer.weight.detach().floor()
     errors = []
     for up in product((0, 1), repeat=floor.numel()):
-        weight = (floor + torch.tensor(up).view_as(floor)).clamp(*weight_range(BITS)) * layer.weight_step
+        weight = (floor + torch.tensor(up).view_as(floor)).clamp(*weight_range(BITS)) * layer.weight_quantizer.scale
         output = nn.functional.conv2d(inputs, weight, layer.bias.detach())
         errors.append(float((output - target).square().sum(1).mean()))
     (report,) = reconstruct_("toy", blocks, reference, inputs, replace(TOY, iterations=400), generator)
@@ -69,23 +73,26 @@ def test_weights_end_on_their_grid_one_step_from_where_they_were(inputs, generat
         for layer, start in zip(block, old, strict=True):
             if not isinstance(layer, QuantConv2d):
                 continue
-            assert "forward" not in vars(layer)
+            assert type(layer.weight_quantizer) is WeightQuantizer
             torch.testing.assert_close(layer.quantized_weight(), layer.weight, rtol=0, atol=1e-7)
             assert all(len(channel.unique()) <= 2**BITS for channel in layer.weight)
-            inside = (start.weight / start.weight_step).abs() < 1
-            moved = (layer.weight - start.weight).abs() / start.weight_step
+            inside = (start.weight / start.weight_quantizer.scale).abs() < 1
+            moved = (layer.weight - start.weight).abs() / start.weight_quantizer.scale
             assert moved[inside].max() <= 1
 
 
-def test_reports_hold_the_errors_of_the_blocks(inputs, generator) -> None:
+def test_reports_hold_the_errors_of_the_blocks(inputs, generator, monkeypatch) -> None:
+    weights = [torch.linspace(0.5, 1.5, channels).view(1, -1, 1, 1) for channels in (5, 3)]
+    monkeypatch.setattr(reconstruction, "fisher_weights", lambda rest, *_: weights[1 - len(rest)])
     reference = toy_blocks()
     blocks = quantized(reference)
-    reports = reconstruct_("toy", blocks, reference, inputs, replace(TOY, iterations=200, fisher=False), generator)
+    reports = reconstruct_("toy", blocks, reference, inputs, replace(TOY, iterations=200), generator)
     given = wanted = inputs
-    for block, float_block, report in zip(blocks, reference, reports, strict=True):
+    for block, float_block, report, weight in zip(blocks, reference, reports, weights, strict=True):
         with torch.no_grad():
             given, wanted = block(given), float_block(wanted)
-        assert report.learned == pytest.approx(float((given - wanted).square().sum(1).mean()), rel=1e-4)
+        error = ((given - wanted).square() * weight).sum(1).mean()
+        assert report.learned == pytest.approx(float(error), rel=1e-4)
         assert report.learned < 0.9 * report.nearest
 
 
@@ -95,13 +102,13 @@ def test_the_scale_of_a_blocks_output_changes_no_rounding(inputs) -> None:
     with torch.no_grad():
         large[0][2].weight.mul_(2**-6)
         large[0][2].bias.mul_(2**-6)
-    settings = replace(TOY, iterations=50, fisher=False)
+    settings = replace(TOY, iterations=50)
     learned = []
     for reference in (small, large):
         blocks = quantized(reference)
         generator = torch.Generator().manual_seed(0)
         report, *_ = reconstruct_("toy", blocks[:1], reference[:1], inputs, settings, generator)
-        learned.append((report, blocks[0][2].integer_weight()))
+        learned.append((report, blocks[0][2].weight_quantizer.integers(blocks[0][2].weight)))
     (report, weight), (scaled_report, scaled_weight) = learned
     assert report.learned < report.nearest
     assert scaled_report.learned == pytest.approx(report.learned * 2**-12, rel=1e-3)
@@ -115,7 +122,7 @@ def test_a_reconstruction_that_fails_keeps_nearest_rounding(bias, inputs, genera
         reference[0][2].bias.add_(bias)
     blocks = quantized(reference)
     before = deepcopy(blocks[0].state_dict())
-    wild = replace(TOY, iterations=5, rounding_lr=50.0, step_lr=3.0)
+    wild = replace(TOY, iterations=5, rounding_lr=50.0, scale_lr=3.0)
     report, *_ = reconstruct_("toy", blocks, reference, inputs, wild, generator)
     assert report.learned == report.nearest
     assert all(

@@ -24,6 +24,6 @@ def _fault(path: str | Path) -> str | None:
     return None
 
 
-def describe(faults: dict[str, str]) -> str:
+def list_faults(faults: dict[str, str]) -> str:
     """One line for each file."""
     return "\n".join(f"  {path}: {reason}" for path, reason in faults.items())

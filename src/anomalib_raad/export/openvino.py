@@ -30,7 +30,7 @@ def save_integer_ir(
         path: Where the ``.xml`` goes; the ``.bin`` goes beside it. Both appear when they are complete.
         input_size: Height and width of the images; ``None``: any. The batch size is always open.
         packed: Store 2-bit weights in 2 bits, 3- and 4-bit weights in 4; otherwise all in 8.
-        half: Store what is not quantized (biases, steps) as float16.
+        half: Store what is not quantized (biases, scales) as float16.
     """
     model = _convert(module.eval(), input_size)
     if packed:
@@ -54,3 +54,14 @@ def _convert(module: AnomalibModule, input_size: tuple[int, int] | None) -> open
     for output, name in zip(model.outputs, names, strict=True):
         output.get_tensor().set_names({name})
     return model
+
+
+def convolutions(model: openvino.CompiledModel) -> dict[str, int]:
+    """How many convolutions of a compiled model run in which precision, for instance ``{"u8": 22}``."""
+    counts: dict[str, int] = {}
+    for operation in model.get_runtime_model().get_ordered_ops():
+        info = operation.get_rt_info()
+        if info["layerType"].astype(str) == "Convolution":
+            precision = info["runtimePrecision"].astype(str)
+            counts[precision] = counts.get(precision, 0) + 1
+    return counts

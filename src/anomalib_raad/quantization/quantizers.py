@@ -1,172 +1,101 @@
-"""Uniform quantization of one tensor: the rounding itself, and the search for a grid that rounds with little error."""
+"""The quantizers of a layer: bits, scale and zero point of its weights and of its input, as state of their own."""
 
-from typing import Any, cast
+from typing import Any
 
 import torch
+from torch import nn
 
-BITS = (2, 3, 4, 8)
-"""Bit-widths of RAAD (paper, section 3.3)."""
+from .uniform import (
+    BITS,
+    check_bits,
+    fake_quantize,
+    grid_points,
+    input_range,
+    search_input_grid,
+    search_weight_scale,
+    weight_range,
+)
 
-_SAFE_SIZE = 128  # integers of an 8-bit weight: 255 * (64 + 64) is the largest multiple of it that 16 bits hold
-# Shrunken versions of a tensor's range that the searches try, largest first: clipping a few outliers often costs less
-# than a coarse step. BRECQ tries 80 as well.
-_SHRINKS = torch.linspace(1.0, 0.21, 80).tolist()
-_SEARCHED_TOGETHER = 2**18  # weights
-
-
-def check_bits(name: str, bits: int) -> None:
-    """Raise ``ValueError`` unless ``bits`` is a bit-width of RAAD."""
-    if bits not in BITS:
-        msg = f"{name} is {bits!r}; RAAD quantizes to {', '.join(map(str, BITS))} bits"
-        raise ValueError(msg)
+_ALL = slice(None)
 
 
-def fake_quantize(
-    x: torch.Tensor,
-    step: torch.Tensor,
-    zero_point: torch.Tensor | int,
-    low: int,
-    high: int,
-) -> torch.Tensor:
-    """Round a tensor to a uniform grid and return the real values of the grid points.
+class Quantizer(nn.Module):
+    """A uniform grid. Its bit-width is extra state, 0 while it is switched off, and its numbers are buffers."""
 
-    ``(clip(round(x / step + zero_point), low, high) - zero_point) * step``
+    computes_integers = True
+    """Whether a layer may sum the grid's integers; stand-ins that learn or are exported only have real values."""
+    scale: torch.Tensor
 
-    The gradient passes straight through the rounding and is zero where the value was clipped; for a step that asks for
-    one it is that of learned step sizes (LSQ, arXiv 1902.08153, Eq. 3, without its scaling).
+    def __init__(self, scale: torch.Tensor) -> None:
+        super().__init__()
+        self.bits = 0
+        self.register_buffer("scale", scale)
 
-    Args:
-        x: Tensor of any shape.
-        step: Distance of two grid points; broadcasts against ``x``.
-        zero_point: Integer that stands for 0.0; broadcasts against ``x``.
-        low: Smallest integer of the grid.
-        high: Largest integer of the grid.
+    def get_extra_state(self) -> dict[str, int]:
+        """Bit-width for the state dict."""
+        return {"bits": self.bits}
 
-    Returns:
-        Tensor of the shape and precision of ``x``. It is rounded in float32: 16-bit floats cannot hold the quotient
-        closely enough.
-    """
-    if torch.is_grad_enabled() and (x.requires_grad or step.requires_grad):
-        return cast("torch.Tensor", _StraightThrough.apply(x, step, zero_point, low, high))
-    return grid_points(x, step, zero_point, low, high).mul_(step)
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        """Restore the bit-width."""
+        bits = state.get("bits")
+        if bits not in {0, *BITS}:
+            msg = f"the state dict says bits={bits!r}; allowed are 0 (off) and {BITS}"
+            raise ValueError(msg)
+        self.bits = bits
 
-
-def grid_points(
-    x: torch.Tensor,
-    step: torch.Tensor,
-    zero_point: torch.Tensor | int,
-    low: int,
-    high: int,
-) -> torch.Tensor:
-    """What :func:`fake_quantize` returns, in steps: integers in the precision of ``x``, without a gradient."""
-    # In place: the largest maps take more than 32 MB, and memory of that size comes from the kernel, page by page.
-    position = x.detach().to(torch.float32, copy=True).div_(step.detach()).add_(zero_point)
-    return position.clamp_(low, high).round_().sub_(zero_point).to(x.dtype)
+    def extra_repr(self) -> str:
+        """Show the bit-width."""
+        return f"bits={self.bits}"
 
 
-class _StraightThrough(torch.autograd.Function):
-    """:func:`fake_quantize` in few passes over memory: a fine-tuning step spends its extra time on them."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,  # noqa: ANN401
-        x: torch.Tensor,
-        step: torch.Tensor,
-        zero_point: torch.Tensor | int,
-        low: int,
-        high: int,
-    ) -> torch.Tensor:
-        position = (x.float() / step).add_(zero_point)
-        clipped = position.clamp(low, high)
-        inside = clipped == position
-        rounded = clipped.round_().sub_(zero_point)
-        saved = [inside]
-        if ctx.needs_input_grad[1]:
-            # d(rounded * step) / d step, where x, and so x / step, passes straight through the rounding
-            saved.append(rounded - inside * position.sub_(zero_point))
-            ctx.step_shape = step.shape
-        ctx.save_for_backward(*saved)
-        return rounded.mul_(step).to(x.dtype)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, None, None, None]:  # noqa: ANN401
-        inside, *slope = ctx.saved_tensors
-        step_gradient = (gradient.float() * slope[0]).sum_to_size(ctx.step_shape) if slope else None
-        return gradient * inside, step_gradient, None, None, None
-
-
-def weight_range(bits: int, full: bool = False) -> tuple[int, int]:
-    """Smallest and largest integer of a signed ``bits``-bit weight.
-
-    Of 8 bits a weight uses -64 to 63. Integer kernels for processors without VNNI add the products of two weights with
-    two inputs, up to 255 each, in 16 bits and cut the sum off at 32,767: results would depend on the processor.
+class WeightQuantizer(Quantizer):
+    """A symmetric grid with a scale for each output channel.
 
     Args:
-        bits: Bit-width.
-        full: Use all of 8 bits.
+        out_channels: Output channels of the layer.
     """
-    size = 2**bits if full or bits < 8 else _SAFE_SIZE
-    return -size // 2, size // 2 - 1
+
+    def __init__(self, out_channels: int) -> None:
+        super().__init__(torch.ones(out_channels, 1, 1, 1))
+
+    def choose_(self, weight: torch.Tensor, bits: int) -> None:
+        """Choose the scales with the least squared rounding error of weights ``(out, in, h, w)``."""
+        check_bits("the bit-width of a layer", bits)
+        self.bits = bits
+        self.scale.copy_(search_weight_scale(weight, bits))
+
+    def forward(self, weight: torch.Tensor, channels: slice = _ALL) -> torch.Tensor:
+        """The weights that are used of some output channels."""
+        if not self.bits:
+            return weight[channels]
+        return fake_quantize(weight[channels], self.scale[channels], 0, *weight_range(self.bits))
+
+    def integers(self, weight: torch.Tensor, channels: slice = _ALL) -> torch.Tensor:
+        """The quantized weights divided by their scales, without a gradient."""
+        return grid_points(weight[channels], self.scale[channels], 0, *weight_range(self.bits))
 
 
-def input_range(bits: int) -> tuple[int, int]:
-    """Smallest and largest integer of an unsigned ``bits``-bit activation."""
-    return 0, 2**bits - 1
+class InputQuantizer(Quantizer):
+    """An affine grid with one scale and zero point for all of an input."""
 
+    zero_point: torch.Tensor
 
-@torch.no_grad()
-def search_weight_step(weight: torch.Tensor, bits: int) -> torch.Tensor:
-    """Find the step of each output channel that rounds its weights with the least squared error.
+    def __init__(self) -> None:
+        super().__init__(torch.ones(()))
+        self.register_buffer("zero_point", torch.zeros(()))
 
-    Args:
-        weight: Convolution weights of shape ``(out, in, h, w)``.
-        bits: Bit-width.
+    def choose_(self, values: torch.Tensor, bits: int) -> None:
+        """Choose the grid with the least squared rounding error on a sample of the input's values, of any shape."""
+        check_bits("the bit-width of an input", bits)
+        self.bits = bits
+        scale, zero_point = search_input_grid(values, bits)
+        self.scale.copy_(scale)
+        self.zero_point.copy_(zero_point)
 
-    Returns:
-        Steps of shape ``(out, 1, 1, 1)``, all positive.
-    """
-    # Some channels at a time: every candidate reads all their weights, from the cache if they fit into it.
-    channels = max(1, _SEARCHED_TOGETHER // weight[0].numel())
-    return torch.cat([_search_weight_step(some, bits) for some in weight.split(channels)])
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """The values that are seen of an input."""
+        return fake_quantize(x, self.scale, self.zero_point, *input_range(self.bits)) if self.bits else x
 
-
-def _search_weight_step(weight: torch.Tensor, bits: int) -> torch.Tensor:
-    low, high = weight_range(bits)
-    dims = (1, 2, 3)
-    full = torch.maximum(weight.amax(dims, keepdim=True) / high, weight.amin(dims, keepdim=True) / low)
-    full = full.clamp(min=torch.finfo(weight.dtype).tiny)  # a channel of zeros
-    best, least = full.clone(), torch.full_like(full, torch.inf)
-    for shrink in _SHRINKS:
-        step = full * shrink
-        error = (fake_quantize(weight, step, 0, low, high) - weight).square().sum(dims, keepdim=True)
-        better = error < least
-        best, least = torch.where(better, step, best), torch.where(better, error, least)
-    return best
-
-
-@torch.no_grad()
-def search_input_grid(values: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Find the step and zero-point that round a sample of activations with the least squared error.
-
-    The grid always holds 0.0 exactly, so the zeros of padding and of ReLU stay zeros; for values that are never
-    negative the zero-point is 0.
-
-    Args:
-        values: Sample of activations, any shape, not empty.
-        bits: Bit-width.
-
-    Returns:
-        The step, positive, and the integer zero-point, both scalars.
-    """
-    values = values.float().flatten()
-    low, high = input_range(bits)
-    bottom, top = values.amin().clamp(max=0.0), values.amax().clamp(min=0.0)
-    span = (top - bottom).clamp(min=torch.finfo(torch.float32).tiny)
-    best, least = (span / high, torch.zeros_like(span)), torch.full_like(span, torch.inf)
-    for shrink in _SHRINKS:
-        step = span * shrink / high
-        zero_point = (-bottom * shrink / step).round()
-        error = (fake_quantize(values, step, zero_point, low, high) - values).square().sum()
-        if error < least:
-            best, least = (step, zero_point), error
-    return best
+    def integers(self, x: torch.Tensor) -> torch.Tensor:
+        """The quantized input, less the zero point, divided by the scale; without a gradient."""
+        return grid_points(x, self.scale, self.zero_point, *input_range(self.bits))

@@ -1,18 +1,18 @@
 """Block reconstruction (BRECQ; paper, Eq. 2 and 3): round each weight so that its block's output changes least.
 
-    min over the rounding of weights and the steps of inputs of   E[ dz^T diag(g_1^2, ..., g_a^2) dz ]
+    min over the rounding of weights and the scales of inputs of   E[ dz^T diag(g_1^2, ..., g_a^2) dz ]
 
 ``dz`` is what quantization does to the output ``z`` of a block, ``g`` the gradient of the network's log-likelihood by
 ``z``. The label of a regression is normally distributed about the network's output, ``y ~ N(z_n, I)``, so
 ``g = J^T eps`` with ``J = d z_n / d z`` and ``eps ~ N(0, I)``. Convolutions see every position alike, so one weight for
 each channel, the mean over positions, stands for the diagonal.
 
-The rounding is AdaRound's: ``w = step * clip(floor(w / step) + h(v))`` with ``h`` a sigmoid stretched beyond [0, 1]
+The rounding is AdaRound's: ``w = scale * clip(floor(w / scale) + h(v))`` with ``h`` a sigmoid stretched beyond [0, 1]
 and cut off there, and a regulariser that pushes every ``h`` to 0 or 1.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -21,11 +21,14 @@ import torch
 from torch import nn
 from tqdm import trange
 
-from .layers import QuantConv2d, computing_by, quantizable_layers
+from .layers import QuantConv2d, other_quantizers, quantizable_layers
+from .quantizers import InputQuantizer
+from .uniform import fake_quantize, input_range, weight_range
 
 _STRETCH_LOW, _STRETCH_HIGH = -0.1, 1.1
 _WARM_UP = 0.2  # share of the iterations before the regulariser sets in
 _BETA_START, _BETA_END = 20.0, 2.0
+_ALL = slice(None)
 _MEASURED = 256  # windows, at most, of which a block's error is the mean
 
 
@@ -36,18 +39,16 @@ class Reconstruction:
     Attributes:
         iterations: Optimizer steps a block; 0 keeps nearest rounding.
         batch_size: Windows a step.
-        fisher: Weigh the channels of a block's output by Eq. 3; otherwise all alike (what BRECQ's public code runs).
         rounding_lr: Adam's learning rate for the rounding variables.
-        step_lr: Adam's learning rate for the input steps, relative to the step.
+        scale_lr: Adam's learning rate for the logarithm of the input scales.
         regularization: Weight of the regulariser, a mean over weights, against the block's error as a share of that of
             nearest rounding.
     """
 
     iterations: int = 300
     batch_size: int = 4
-    fisher: bool = True
     rounding_lr: float = 6e-2
-    step_lr: float = 1e-3
+    scale_lr: float = 1e-3
     regularization: float = 300.0
 
 
@@ -59,37 +60,64 @@ class BlockReport(NamedTuple):
     learned: float
 
 
-class _Learner:
-    """The learned rounding and input step of one layer; stands in for the layer's forward."""
+class BlockNetwork(nn.Module):
+    """A network that is reconstructed block by block."""
+
+    def blocks(self) -> Sequence[nn.Module]:
+        """The blocks, which one after another are the network."""
+        raise NotImplementedError
+
+
+class _LearnedRounding(nn.Module):
+    """AdaRound: stands in for a layer's weight quantizer while each weight learns to be rounded up or down."""
+
+    computes_integers = False
 
     def __init__(self, layer: QuantConv2d) -> None:
-        self.layer = layer
-        position = layer.weight.detach() / layer.weight_step
+        super().__init__()
+        self.bits, self.scale = layer.bits, layer.weight_quantizer.scale
+        position = layer.weight.detach() / self.scale
         self.floor = position.floor()
         share = (position - self.floor - _STRETCH_LOW) / (_STRETCH_HIGH - _STRETCH_LOW)
-        self.rounding = torch.logit(share).requires_grad_()  # so that h is the share that floor has cut off
-        self.log_step = torch.zeros((), device=share.device, requires_grad=True)
+        self.logit = nn.Parameter(torch.logit(share))  # so that h is the share that floor has cut off
 
     def h(self) -> torch.Tensor:
-        stretched = torch.sigmoid(self.rounding) * (_STRETCH_HIGH - _STRETCH_LOW) + _STRETCH_LOW
+        stretched = torch.sigmoid(self.logit) * (_STRETCH_HIGH - _STRETCH_LOW) + _STRETCH_LOW
         return stretched.clamp(0, 1)
 
     def regularizer(self, beta: float) -> torch.Tensor:
         """For each weight; zero where ``h`` is 0 or 1."""
         return 1 - (2 * self.h() - 1).abs().pow(beta)
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        layer = self.layer
-        weight = (self.floor + self.h()).clamp(*layer.weight_range) * layer.weight_step
-        return layer.convolve(layer.quantized_input(x, self.log_step.exp()), weight, layer.bias)
+    def forward(self, weight: torch.Tensor, channels: slice = _ALL) -> torch.Tensor:
+        """The weights with soft rounding, whatever the layer's own are."""
+        del weight
+        return self._on_the_grid(self.h())[channels]
 
-    @torch.no_grad()
-    def harden_(self) -> None:
-        """Write the decision into the layer: its weights are points of its grid from now on."""
-        layer = self.layer
-        up = (self.h() >= 0.5).to(self.floor)  # rounding up or down
-        layer.weight.copy_((self.floor + up).clamp(*layer.weight_range) * layer.weight_step)
-        layer.input_step.mul_(self.log_step.exp())
+    def hard(self) -> torch.Tensor:
+        """The weights as they are decided: points of their grid."""
+        return self._on_the_grid((self.h() >= 0.5).to(self.floor))
+
+    def _on_the_grid(self, up: torch.Tensor) -> torch.Tensor:
+        return (self.floor + up).clamp(*weight_range(self.bits)) * self.scale
+
+
+class _LearnedScale(nn.Module):
+    """Stands in for a layer's input quantizer while its scale is learned as ``scale * exp(log_factor)``."""
+
+    computes_integers = False
+
+    def __init__(self, quantizer: InputQuantizer) -> None:
+        super().__init__()
+        self.bits, self.start, self.zero_point = quantizer.bits, quantizer.scale, quantizer.zero_point
+        self.log_factor = nn.Parameter(torch.zeros_like(quantizer.scale))
+
+    def scale(self) -> torch.Tensor:
+        return self.start * self.log_factor.exp()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """The values that are seen of an input."""
+        return fake_quantize(x, self.scale(), self.zero_point, *input_range(self.bits))
 
 
 def reconstruct_(
@@ -123,9 +151,7 @@ def reconstruct_(
         target = _apply(float_block, wanted)
         if _learns(block):
             layers = {f"{name}.{layer_name}": layer for layer_name, layer in quantizable_layers(block).items()}
-            weights = torch.ones(1, target.shape[1], 1, 1, device=target.device)
-            if settings.fisher:
-                weights = fisher_weights(reference[number + 1 :], target, generator)
+            weights = fisher_weights(reference[number + 1 :], target, generator)
             reports.append(_reconstruct_block_(block, layers, given, target, weights, settings, generator))
         if number + 1 < len(pairs):
             given, wanted = _apply(block, given), target
@@ -146,34 +172,61 @@ def _reconstruct_block_(
     generator: torch.Generator,
 ) -> BlockReport:
     nearest, before = _error(block, given, target, weights), deepcopy(block.state_dict())
+    roundings = {layer: _LearnedRounding(layer) for layer in layers.values()}
+    scales = {layer: _LearnedScale(layer.input_quantizer) for layer in layers.values() if _learns_scale(layer)}
+    stand_ins: dict[nn.Module, dict[str, nn.Module]] = {
+        layer: {"weight_quantizer": r} for layer, r in roundings.items()
+    }
+    for layer, scale in scales.items():
+        stand_ins[layer]["input_quantizer"] = scale
     unit = max(nearest, torch.finfo(target.dtype).tiny)  # a student's errors are a hundredth of its teacher's
-    learners = [_Learner(layer) for layer in layers.values()]
-    with computing_by(dict(zip(layers.values(), learners, strict=True))), torch.enable_grad():
-        optimizer = torch.optim.Adam(
-            [
-                {"params": [learner.rounding for learner in learners], "lr": settings.rounding_lr},
-                {"params": [learner.log_step for learner in learners], "lr": settings.step_lr},
-            ]
-        )
-        bar = trange(settings.iterations, desc=f"Reconstruction of {', '.join(layers)}", leave=False)
-        for iteration in bar:
-            chosen = torch.randint(len(given), (settings.batch_size,), generator=generator)
-            loss = _weighted_error(block(given[chosen]), target[chosen], weights) / unit
-            progress = (iteration / settings.iterations - _WARM_UP) / (1 - _WARM_UP)
-            if progress >= 0:
-                beta = _BETA_START + (_BETA_END - _BETA_START) * progress
-                regularizers = torch.cat([learner.regularizer(beta).flatten() for learner in learners])
-                loss = loss + settings.regularization * regularizers.mean()
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-        for learner in learners:
-            learner.harden_()
+
+    def error() -> torch.Tensor:
+        chosen = torch.randint(len(given), (settings.batch_size,), generator=generator)
+        return _weighted_error(block(given[chosen]), target[chosen], weights) / unit
+
+    with other_quantizers(stand_ins), torch.enable_grad():
+        _learn_(list(roundings.values()), list(scales.values()), error, settings, ", ".join(layers))
+    with torch.no_grad():
+        for layer, rounding in roundings.items():
+            layer.weight.copy_(rounding.hard())
+        for layer, scale in scales.items():
+            layer.input_quantizer.scale.copy_(scale.scale())
     learned = _error(block, given, target, weights)
     if not learned < nearest:  # nor if it is not a number
         block.load_state_dict(before)
         learned = nearest
     return BlockReport(list(layers), nearest, learned)
+
+
+def _learns_scale(layer: QuantConv2d) -> bool:
+    return layer.learns_input_scale and layer.input_quantizer.bits > 0
+
+
+def _learn_(
+    roundings: Sequence[_LearnedRounding],
+    scales: Sequence[_LearnedScale],
+    error: Callable[[], torch.Tensor],
+    settings: Reconstruction,
+    names: str,
+) -> None:
+    """Minimise the block's error, and after a warm-up the regulariser beside it."""
+    optimizer = torch.optim.Adam(
+        [
+            {"params": [rounding.logit for rounding in roundings], "lr": settings.rounding_lr},
+            {"params": [scale.log_factor for scale in scales], "lr": settings.scale_lr},
+        ]
+    )
+    for iteration in trange(settings.iterations, desc=f"Reconstruction of {names}", leave=False):
+        loss = error()
+        progress = (iteration / settings.iterations - _WARM_UP) / (1 - _WARM_UP)
+        if progress >= 0:
+            beta = _BETA_START + (_BETA_END - _BETA_START) * progress
+            regularizers = torch.cat([rounding.regularizer(beta).flatten() for rounding in roundings])
+            loss = loss + settings.regularization * regularizers.mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
 
 
 def fisher_weights(

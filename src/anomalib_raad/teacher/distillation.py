@@ -16,18 +16,18 @@ from typing import Any
 
 import torch
 from anomalib.data.utils import get_image_filenames
-from anomalib.models.image.efficient_ad.torch_model import EfficientAdModelSize
 from lightning.pytorch import LightningDataModule, LightningModule
 from PIL import Image
 from torch.nn import functional as F  # noqa: N812
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
+from anomalib_raad.fit.trainer import datamodule_of
 from anomalib_raad.precision import warn_of_slow_precision
-from anomalib_raad.statistics import channel_mean_std
-from anomalib_raad.torch_model import LOST_CELLS, PDN_CLASSES, STRIDE
 
 from .features import PatchFeatures
+from .pdn import LOST_CELLS, STRIDE, create_pdn
+from .statistics import channel_mean_std
 from .weights import load_teacher_
 
 logger = logging.getLogger(__name__)
@@ -184,8 +184,7 @@ class Distillation(LightningModule):
             raise ValueError(msg)
         features = PatchFeatures(backbone, layers, out_channels, backbone_weights)
         self.features = features.to(memory_format=torch.channels_last)
-        network = PDN_CLASSES[EfficientAdModelSize(model_size)]
-        self.teacher = network(out_channels).to(memory_format=torch.channels_last)
+        self.teacher = create_pdn(model_size, out_channels).to(memory_format=torch.channels_last)
         if start is not None:
             load_teacher_(self.teacher, start, model_size)
         for name in ("feature_mean", "feature_std"):
@@ -199,7 +198,7 @@ class Distillation(LightningModule):
         warn_of_slow_precision(self.trainer)
         if self.feature_std.any():
             return
-        loader = self.trainer.datamodule.train_dataloader()
+        loader = datamodule_of(self.trainer).train_dataloader()
         batches = math.ceil(self.hparams["normalization_images"] / loader.batch_size)
         mean, std = channel_mean_std(self.features(photos.to(self.device)) for photos in islice(loader, batches))
         self.feature_mean.copy_(mean)

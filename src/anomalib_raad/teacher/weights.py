@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from anomalib_raad.checkpoints import check_archive
+from anomalib_raad.fit.checkpoints import check_archive
 
 BUNDLED_SHA256 = "55ad1e38c2ed814eff6bb6fe5bc051c6e3adead135d602908c97d6f14501d69a"
 _BUNDLED = "teacher_small.safetensors"

@@ -1,0 +1,1 @@
+"""Measurements behind the figures of the documentation, each a command: ``python -m benchmarks.NAME``."""

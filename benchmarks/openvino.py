@@ -1,0 +1,203 @@
+"""What a deployed Raad costs, against anomalib's EfficientAd: latency, throughput, size, memory.
+
+    python -m benchmarks.openvino --output openvino.json
+
+Weights do not matter for time and size, so the models are untrained; Raad's conv2 and conv3 get ``bits``, PatchCore,
+on EfficientNet-Lite0, a bank of anomalib's default for 200 images at 256x256: a tenth of their patches. All models
+infer the same solar cell in turn in one process, so that whatever else the machine does slows all of them: quote the
+ratios. The int8 peak is what OpenVINO reaches in convolutions that have nothing else to do, measured in the same turn;
+a variant's share of it is its multiply-adds in that time. EfficientAd's INT8_PTQ is what anomalib's own export makes,
+calibrated on the validation cells. Memory is what loading a model and one inference add to a process of its own.
+"""
+
+import json
+import logging
+import time
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import openvino
+import torch
+from anomalib.data.utils import read_image
+from anomalib.deploy import CompressionType
+from anomalib.models import EfficientAd
+from anomalib.models.components import AnomalibModule
+from jsonargparse import auto_cli
+from openvino import opset13
+from rich.console import Console
+from rich.table import Table
+from torchvision.transforms.v2 import Resize
+
+from anomalib_raad import Raad
+from anomalib_raad.compare.baselines import OfflinePatchcore
+from anomalib_raad.compare.timing import median_seconds
+from anomalib_raad.data.elpv import Elpv
+from anomalib_raad.export.openvino import convolutions
+from anomalib_raad.quantization.recipe import quantize_
+
+from .memory import printed_by
+
+_SIZE = (256, 256)
+_BANK_IMAGES = 200  # that PatchCore has seen
+_REFERENCE = "EfficientAd INT8_PTQ"
+_PEAK_CHANNELS, _PEAK_SIDE, _PEAK_LAYERS = 512, 32, 4  # of those tried, the shape with the most multiply-adds a second
+_REQUESTS = 8  # images in flight and waiting when throughput is taken
+
+
+def main(rounds: int = 30, bits: int = 4, projections: tuple[int, ...] = (128, 64), output: Path | None = None) -> None:
+    """Export every variant, time them and print a table.
+
+    Args:
+        rounds: Timed inferences of each variant after two that are not counted; the median counts.
+        bits: Bits of Raad's inner layers.
+        projections: Numbers of compared channels to which Raad is projected in further rows.
+        output: JSON file for the figures.
+    """
+    logging.getLogger("nncf").setLevel(logging.ERROR)
+    cells = Elpv(category="mono", num_workers=0, augmentations=Resize(_SIZE))  # INT8_PTQ feeds them as they are
+    cells.setup()
+    image = Resize(_SIZE)(read_image(cells.train_data.samples.image_path[0], as_tensor=True)[None])
+    with TemporaryDirectory() as folder:
+        rows = [
+            _Variant(name, path, precision)
+            for name, path, precision in _export(Path(folder), image, bits, projections, cells)
+        ]
+        peak_graph = _peak_model()
+        peak = openvino.Core().compile_model(peak_graph, "CPU")
+        values = np.full(peak.input(0).shape, 100, dtype=np.float32)
+        steps = [partial(peak, values), *(partial(row.infer, image.numpy()) for row in rows)]
+        median_seconds(steps, rounds=2)  # to warm up
+        peak_seconds, *all_seconds = median_seconds(steps, rounds)
+        per_second = multiply_adds(peak_graph) / peak_seconds
+        for row, seconds in zip(rows, all_seconds, strict=True):
+            row.figures["milliseconds"] = 1000 * seconds
+            row.figures["share_of_int8_peak"] = row.figures["multiply_adds"] / seconds / per_second
+        queues = [partial(row.infer_many, image.numpy()) for row in rows]
+        for row, seconds in zip(rows, median_seconds(queues, max(1, rounds // 5)), strict=True):
+            row.figures["images_per_second"] = _REQUESTS / seconds
+    figures: dict[str, dict[str, Any]] = {row.name: row.figures for row in rows}
+    _print(figures)
+    if output:
+        output.write_text(json.dumps(figures, indent=1))
+
+
+class _Variant:
+    """An IR, compiled for latency and for throughput."""
+
+    def __init__(self, name: str, path: Path, precision: str | None) -> None:
+        self.name = name
+        config: dict[str, Any] = {"INFERENCE_PRECISION_HINT": precision} if precision else {}
+        core = openvino.Core()
+        graph = core.read_model(path)
+        graph.reshape([1, 3, *_SIZE])
+        start = time.perf_counter()
+        self.model = core.compile_model(path, "CPU", config | {"PERFORMANCE_HINT": "LATENCY"})
+        self.figures: dict[str, Any] = {
+            "load_seconds": time.perf_counter() - start,
+            "megabytes": sum(path.with_suffix(suffix).stat().st_size for suffix in (".xml", ".bin")) / 1e6,
+            "memory_megabytes": printed_by("benchmarks.memory", str(path), *filter(None, [precision])),
+            "convolutions": convolutions(self.model),
+            "multiply_adds": multiply_adds(graph),
+        }
+        self.queue = openvino.AsyncInferQueue(
+            core.compile_model(path, "CPU", config | {"PERFORMANCE_HINT": "THROUGHPUT"})
+        )
+
+    def infer(self, image: np.ndarray) -> None:
+        self.model(image)
+
+    def infer_many(self, image: np.ndarray) -> None:
+        for _ in range(_REQUESTS):
+            self.queue.start_async(image)
+        self.queue.wait_all()
+
+
+def _export(
+    folder: Path, image: torch.Tensor, bits: int, projections: tuple[int, ...], cells: Elpv
+) -> list[tuple[str, Path, str | None]]:
+    """Names, IRs and inference precisions; ``None`` is OpenVINO's choice, bfloat16 where the CPU has it."""
+    # Without post-processors, whose thresholds only training sets
+    efficientad = EfficientAd(post_processor=False, evaluator=False, visualizer=False)
+    raad = Raad(bits=bits, post_processor=False, evaluator=False, visualizer=False)
+
+    def export(module: AnomalibModule, name: str, **options: Any) -> Path:  # noqa: ANN401
+        return module.to_openvino(folder, name, input_size=_SIZE, **options)
+
+    full = export(efficientad, "efficientad")
+    variants: list[tuple[str, Path, str | None]] = [
+        ("EfficientAd f32", full, "f32"),
+        ("EfficientAd", full, None),
+        ("EfficientAd FP16", export(efficientad, "fp16", compression_type=CompressionType.FP16), None),
+        (_REFERENCE, export(efficientad, "ptq", compression_type=CompressionType.INT8_PTQ, datamodule=cells), None),
+        ("PatchCore", _export_patchcore(folder / "patchcore.xml"), None),
+        ("Raad before quantization, f32", export(raad, "raad"), "f32"),
+    ]
+    with torch.no_grad():
+        quantize_(raad.model, [image], [image], raad.allocation)
+    packed = export(raad, "packed")
+    variants += [("Raad", packed, None), ("Raad f32", packed, "f32")]
+    for channels in projections:
+        variants.append((f"Raad, {channels} channels", export(raad, f"k{channels}", feature_projection=channels), None))
+    return variants
+
+
+@torch.no_grad()
+def _export_patchcore(path: Path) -> Path:
+    """Converted here, since anomalib 2.7 exports it for batches of two images only."""
+    network = OfflinePatchcore(post_processor=False, evaluator=False, visualizer=False).model
+    image = torch.rand(1, 3, *_SIZE)
+    patches = network.train()(image)  # in training it gives the patches' features
+    network.memory_bank = torch.rand(_BANK_IMAGES * len(patches) // 10, patches.shape[1])
+    model = openvino.convert_model(torch.export.export(network.eval(), (image,), strict=False))
+    model.reshape(image.shape)  # the conversion leaves every size of the input open
+    openvino.save_model(model, path)
+    return path
+
+
+def _peak_model() -> openvino.Model:
+    """Convolutions of 3x3 in integers, one after another."""
+    shape = (_PEAK_CHANNELS, _PEAK_CHANNELS, 3, 3)
+    kernel = np.random.default_rng(0).integers(-127, 128, shape, dtype=np.int8)
+    x = y = opset13.parameter([1, _PEAK_CHANNELS, _PEAK_SIDE, _PEAK_SIDE], np.float32)
+    low, high, scale = (np.float32(value) for value in (0, 255, 1e-4))
+    for _ in range(_PEAK_LAYERS):
+        integers = opset13.fake_quantize(y, low, high, low, high, 256)
+        weights = opset13.multiply(opset13.convert(opset13.constant(kernel), "f32"), scale)
+        y = opset13.convolution(integers, weights, [1, 1], [1, 1], [1, 1], [1, 1])
+    return openvino.Model([y], [x], "peak")
+
+
+def multiply_adds(model: openvino.Model) -> int:
+    """Of the convolutions of a graph with fixed shapes, for one inference."""
+    return sum(
+        int(np.prod(operation.output(0).shape) * np.prod(operation.input(1).get_shape()[1:]))
+        for operation in model.get_ordered_ops()
+        if operation.get_type_name() == "Convolution"
+    )
+
+
+def _print(figures: dict[str, dict[str, Any]]) -> None:
+    reference = figures[_REFERENCE]
+    table = Table(
+        "Variant", "ms / image", "ratio", "images / s", "MB", "load s", "memory MB", "of int8 peak", "convolutions"
+    )
+    for name, row in figures.items():
+        table.add_row(
+            name,
+            f"{row['milliseconds']:.1f}",
+            f"{row['milliseconds'] / reference['milliseconds']:.2f}",
+            f"{row['images_per_second']:.1f}",
+            f"{row['megabytes']:.1f}",
+            f"{row['load_seconds']:.1f}",
+            f"{row['memory_megabytes']:.0f}",
+            f"{row['share_of_int8_peak']:.0%}",
+            ", ".join(f"{count} {precision}" for precision, count in row["convolutions"].items()),
+        )
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    auto_cli(main, as_positional=False)

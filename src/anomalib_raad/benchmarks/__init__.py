@@ -1,1 +1,0 @@
-"""Measurements behind the figures of the documentation, each a command: ``python -m anomalib_raad.benchmarks.NAME``."""

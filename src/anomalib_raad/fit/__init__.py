@@ -1,0 +1,1 @@
+"""What the fit of any model of this package shares."""

@@ -1,0 +1,79 @@
+"""What is checked before a fit begins: what it would end in otherwise shows only hours later."""
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from numbers import Integral, Real
+from typing import Any
+
+from anomalib.data import AnomalibDataModule
+from anomalib.data.transforms.utils import extract_transforms_by_type
+from torchvision.transforms.v2 import Normalize, Transform
+from tqdm import tqdm
+
+from anomalib_raad.data.readable import list_faults, unreadable
+
+NEEDS: dict[str, Callable[[Any], bool]] = {
+    "a positive number up to 1": lambda x: 0 < x <= 1,
+    "zero or a positive number": lambda x: 0 <= x < math.inf,
+    "a whole number from 1": lambda x: x >= 1 and isinstance(x, Integral),
+    "a whole number from 0": lambda x: x >= 0 and isinstance(x, Integral),
+    "a share between 0 and 1": lambda x: 0 < x < 1,
+    "a share from 0 to 1": lambda x: 0 <= x <= 1,
+    "a quantile in [0, 1)": lambda x: 0 <= x < 1,
+}
+"""What a number may have to be, in words that an error can use."""
+
+
+def check_numbers(settings: Mapping[str, Any], needs: Mapping[str, Iterable[str]]) -> None:
+    """Check settings.
+
+    Args:
+        settings: Values by name.
+        needs: For each of :data:`NEEDS` the names of the settings that have to be so.
+
+    Raises:
+        ValueError: If a setting is out of its range; the message names it.
+    """
+    for need, names in needs.items():
+        for name in names:
+            value = settings[name]
+            if not isinstance(value, Real) or not NEEDS[need](value):
+                msg = f"{name} is {value!r}; {need} is needed"
+                raise ValueError(msg)
+
+
+def check_images(datamodule: AnomalibDataModule) -> None:
+    """Read every image for training and validation.
+
+    Raises:
+        ValueError: If there are fewer than two training images, or an image cannot be read.
+    """
+    number = len(datamodule.train_data)
+    if number < 2:
+        msg = f"the training set has {number} image(s); one is needed to train on and one to hold out, better 20"
+        raise ValueError(msg)
+    datasets = [datamodule.train_data, getattr(datamodule, "val_data", None)]
+    paths = [path for dataset in datasets if dataset is not None for path in dataset.samples.image_path]
+    if faults := unreadable(tqdm(paths, "Checking the images", leave=False)):
+        msg = f"{len(faults)} image(s) for training or validation cannot be used:\n{list_faults(faults)}"
+        raise ValueError(msg)
+
+
+def check_transform(transform: Transform | None, input_size: tuple[int, int] | None, least: int, most: int) -> None:
+    """Check what a model will see of an image.
+
+    Args:
+        transform: The pre-processor's transform.
+        input_size: Height and width that it resizes to, if any.
+        least: Smallest side.
+        most: Largest side.
+
+    Raises:
+        ValueError: If it normalises, or resizes to another size.
+    """
+    if transform and extract_transforms_by_type(transform, Normalize):
+        msg = "the pre-processor has a Normalize; the networks normalise themselves and need images in [0, 1]"
+        raise ValueError(msg)
+    if input_size and not all(least <= side <= most for side in input_size):
+        msg = f"the image size is {tuple(input_size)}; sides of {least} to {most} are needed"
+        raise ValueError(msg)

@@ -1,0 +1,49 @@
+"""How long a run will take, said once its pace is known."""
+
+import logging
+import time
+from typing import Any, Protocol, cast
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback
+
+logger = logging.getLogger(__name__)
+
+
+class Plan(Protocol):
+    """What a model's ``schedule`` says of its run, beside its text."""
+
+    @property
+    def total(self) -> int:
+        """Optimizer steps."""
+
+
+class Forecast(Callback):
+    """Tells once how long the run of a model with a ``schedule`` will take.
+
+    Args:
+        first: Batch from which the pace is taken; those before it warm up.
+        last: Batch at which the pace is known.
+    """
+
+    def __init__(self, first: int = 5, last: int = 25) -> None:
+        self.first = first
+        self.last = last
+        self._batches = 0
+        self._start = 0.0
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:  # noqa: ANN401
+        """Count the batches of this process."""
+        self._batches += 1
+        if self._batches == self.first:
+            self._start = time.monotonic()
+        elif self._batches == self.last:
+            plan = cast("Plan", pl_module.schedule)
+            seconds = (time.monotonic() - self._start) / (self.last - self.first)
+            steps = plan.total - trainer.global_step
+            hours, minutes = divmod(round(steps * seconds / 60), 60)
+            logger.info(
+                "%d steps at %.2f s take about %d h %02d min on this machine (%s). "
+                "To shorten: --trainer.max_steps, --trainer.precision bf16-mixed.",
+                *(steps, seconds, hours, minutes, plan),
+            )

@@ -1,0 +1,127 @@
+"""Which normal images train, which are held out, and in which order they come, so that a run can be resumed."""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from copy import copy
+
+import torch
+from anomalib.data import AnomalibDataModule
+from torch.utils.data import DataLoader, Sampler
+
+
+class ResumableBatches(Sampler[list[int]]):
+    """Batches of an endless shuffle whose n-th batch depends on the seed and on n alone.
+
+    Every iteration continues at the batch that ``position`` names, so a run that was interrupted anywhere sees the
+    images it would have seen. Several processes take the batches in turn.
+
+    Args:
+        indices: Images to draw from; each is drawn once a round.
+        batch_size: Images a batch; the last of a round may be smaller.
+        seed: Seed of the shuffle.
+        position: Tells how many batches each process has used so far.
+        rank: Number of this process.
+        world_size: Number of processes.
+    """
+
+    def __init__(
+        self,
+        indices: Sequence[int],
+        batch_size: int,
+        seed: int,
+        position: Callable[[], int],
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        self.indices = list(indices)
+        self.batch_size = batch_size
+        self.seed = seed
+        self.position = position
+        self.rank = rank
+        self.world_size = world_size
+
+    def __len__(self) -> int:
+        """Batches of this process in a round, rounded up."""
+        return math.ceil(self._batches_a_round / self.world_size)
+
+    @property
+    def _batches_a_round(self) -> int:
+        return math.ceil(len(self.indices) / self.batch_size)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        """Yield one round's number of batches, which may reach into the next round."""
+        start, current = self.position(), None
+        for turn in range(start, start + len(self)):
+            round_number, within = divmod(turn * self.world_size + self.rank, self._batches_a_round)
+            if round_number != current:
+                current, order = round_number, self._order(round_number)
+            yield order[within * self.batch_size : (within + 1) * self.batch_size]
+
+    def _order(self, round_number: int) -> list[int]:
+        generator = torch.Generator().manual_seed(self.seed + round_number)
+        return [self.indices[i] for i in torch.randperm(len(self.indices), generator=generator).tolist()]
+
+
+class NormalImages:
+    """The normal training images of a datamodule, some of them held out from training.
+
+    The held-out images score the layers and normalise the maps; test images never do.
+
+    Args:
+        datamodule: Its training data must be set up.
+        held_out: Share of the images to hold out, at least one image and not all of them.
+        seed: Seed of the split and of the order of training.
+
+    Raises:
+        ValueError: If there are fewer than two images.
+    """
+
+    def __init__(self, datamodule: AnomalibDataModule, held_out: float, seed: int) -> None:
+        self.datamodule = datamodule
+        self.seed = seed
+        order = torch.randperm(len(datamodule.train_data), generator=torch.Generator().manual_seed(seed)).tolist()
+        number = min(max(1, round(held_out * len(order))), len(order) - 1)
+        self.held_out, self.kept = order[:number], order[number:]
+        self._plain = copy(datamodule.train_data)
+        self._collate = datamodule.external_collate_fn or self._plain.collate_fn
+        # Quantizers and statistics see the images as they are, without the user's random augmentations. In a tiled
+        # ensemble, however, anomalib resizes in them, and cuts the tile out while it collates.
+        if datamodule.external_collate_fn is None:
+            self._plain.augmentations = None
+
+    @property
+    def vary(self) -> bool:
+        """Whether a training image is another each time, by the datamodule's random augmentations."""
+        return self.datamodule.train_augmentations is not None
+
+    def plain(self, indices: Sequence[int]) -> Iterator[torch.Tensor]:
+        """Yield images without augmentation, each of shape ``(1, 3, H, W)`` in [0, 1]."""
+        for index in indices:
+            yield self._collate([self._plain[index]]).image
+
+    def paths(self, indices: Sequence[int]) -> list[str]:
+        """Paths of images, as the batches of training name them."""
+        return self._plain.samples.image_path.iloc[list(indices)].tolist()
+
+    def take_over_training(self, position: Callable[[], int], rank: int, world_size: int) -> None:
+        """Let the datamodule train on the kept images, in an order that can be resumed, until :meth:`release`."""
+        self.release()
+        original = self.datamodule.train_dataloader
+
+        def train_dataloader() -> DataLoader:
+            loader = original()
+            batches = ResumableBatches(self.kept, loader.batch_size, self.seed, position, rank, world_size)
+            return DataLoader(
+                loader.dataset,
+                batch_sampler=batches,
+                num_workers=loader.num_workers,
+                collate_fn=loader.collate_fn,
+                pin_memory=loader.pin_memory,
+                persistent_workers=loader.persistent_workers,
+            )
+
+        vars(self.datamodule)["train_dataloader"] = train_dataloader
+
+    def release(self) -> None:
+        """Give the datamodule its own loader back."""
+        vars(self.datamodule).pop("train_dataloader", None)

@@ -1,0 +1,1 @@
+"""RAAD: the model in torch and its fit in Lightning."""

@@ -1,0 +1,537 @@
+"""RAAD as an anomalib model: the hooks that carry a fit through its three stages."""
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from anomalib import LearningType
+from anomalib.data import Batch, ImageBatch
+from anomalib.deploy import CompressionType, ExportType
+from anomalib.engine.plugins.checkpoint_io import AnomalibCheckpointIO
+from anomalib.metrics import Evaluator
+from anomalib.models.components import AnomalibModule
+from anomalib.models.components.base.export_mixin.utils import create_export_root
+from anomalib.post_processing import PostProcessor
+from anomalib.pre_processing import PreProcessor
+from anomalib.visualization import Visualizer
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.utilities.types import STEP_OUTPUT
+from torchvision.transforms.v2 import Resize, Transform
+from tqdm import tqdm
+
+from anomalib_raad.data.drift import Ranges, ranges
+from anomalib_raad.data.penalty import PenaltyImages
+from anomalib_raad.export.projection import projected
+from anomalib_raad.fit.checkpoints import AtomicCheckpointIO, check_archive, check_finite, keep_metrics_of, state_of
+from anomalib_raad.fit.checks import check_images, check_numbers, check_transform
+from anomalib_raad.fit.feature_cache import FeatureCache
+from anomalib_raad.fit.forecast import Forecast
+from anomalib_raad.fit.images import NormalImages
+from anomalib_raad.fit.modes import evaluating, randomness
+from anomalib_raad.fit.prediction_guard import PredictionGuard
+from anomalib_raad.fit.trainer import datamodule_of, is_dev_run
+from anomalib_raad.post_processing import RaadPostProcessor
+from anomalib_raad.pre_processing import RaadPreProcessor
+from anomalib_raad.precision import warn_of_slow_precision
+from anomalib_raad.quantization.allocation import DEFAULT_AVERAGE_BITS, Allocation
+from anomalib_raad.quantization.layers import quantizable_layers
+from anomalib_raad.quantization.recipe import aligned_weights, quantize_
+from anomalib_raad.quantization.reconstruction import Reconstruction
+from anomalib_raad.quantization.size import model_bytes
+from anomalib_raad.report.attention_bias import held_out_figures
+from anomalib_raad.report.quantization import write_report
+from anomalib_raad.report.stages import StageVisualizer, log_figures
+from anomalib_raad.teacher.weights import load_teacher_
+
+from .autoencoder_start import AUTOENCODER_STEPS, train_autoencoder_
+from .losses import Losses
+from .record import Record
+from .schedule import STAGE_CHECKPOINTS, LearningRates, Schedule, Stage
+from .torch_model import MAX_IMAGE_SIZE, MIN_IMAGE_SIZE, RaadModel
+
+logger = logging.getLogger(__name__)
+
+_UNLIMITED_EPOCHS = {None, -1, 1000}  # Lightning's max_epochs when the user has set none (1000), or no limit (-1)
+_NEEDS = {
+    "a positive number up to 1": ("lr", "finetune_lr"),
+    "zero or a positive number": ("weight_decay",),
+    "a whole number from 1": ("train_steps", "finetune_steps", "calibration_images"),
+    "a whole number from 0": ("reconstruction_iterations",),
+    "a share between 0 and 1": ("held_out",),
+    "a share from 0 to 1": ("lr_decay",),
+    "a quantile in [0, 1)": ("p_hard",),
+}
+_LAMBDAS = {"zero or a positive number": ("lambdas[0]", "lambdas[1]", "lambdas[2]")}
+
+
+class Raad(AnomalibModule):
+    """RAAD: recalibrating the attention of industrial anomaly detection by quantization.
+
+    One ``fit`` trains EfficientAD's student and autoencoder on normal images, quantizes teacher, student and
+    autoencoder with bits chosen by hierarchical quantization scoring, and fine-tunes through the quantizers. The last
+    checkpoint holds the finished model.
+
+    Paper: https://arxiv.org/abs/2412.08189
+
+    Args:
+        teacher: ``bundled``, ``efficientad`` (anomalib's official weights, downloaded) or the path of a weights file.
+        model_size: ``small`` or ``medium``.
+        padding: Zero-pad the convolutions of teacher and student.
+        lr: Learning rate of stage 1 (EfficientAD's; paper of RAAD: 1e-5).
+        lr_decay: The last share of either stage runs at a tenth of its learning rate (EfficientAD: 0.05); 0 for
+            constant rates.
+        finetune_lr: Learning rate of stage 3 (paper: 1e-5, for 60,000 steps).
+        weight_decay: Adam's weight decay.
+        train_steps: Optimizer steps of stage 1, when the trainer's limits allow and ask for no other length; otherwise
+            the stages share the trainer's steps in this proportion.
+        finetune_steps: Optimizer steps of stage 3, likewise.
+        p_hard: Quantile of the hard-feature selection in Eq. 5.
+        lambdas: Weights of L_ts, L_aes and L_tae in Eq. 6.
+        penalty_dir: Folder with images of anything but the part, for EfficientAD's penalty. ``None``: no penalty.
+        normalize_maps: Normalise the two maps by their quantiles on held-out normal images before averaging them.
+        bits: ``None`` lets HQS choose; a number quantizes every inner layer of teacher and student to as many bits; a
+            mapping names the bits of single layers.
+        average_bits: HQS takes bits away from the layers with the lowest scores until a weight of teacher and student
+            has at most so many on average.
+        activation_bits: Bits of what enters each layer; ``None``: as many as its weights, the literal reading of the
+            paper. 8 cost neither bytes nor time, since integer kernels compute in 8 bits.
+        first_last_bits: Bits of the first and last layer of teacher and student.
+        autoencoder_bits: Bits of the autoencoder.
+        hqs_thresholds: Limits of phi, instead of ``average_bits``: scores below the first get 2 bits, then 3, 4, and
+            from the last on 8.
+        reconstruction_iterations: Optimizer steps in which a block of teacher or student learns its rounding (BRECQ);
+            0 rounds to the nearest grid point. Blocks of 8 bits are always rounded to the nearest.
+        closed_form: Begin stage 1 with a hundred steps of the autoencoder alone, and end each stage by solving the
+            student's last layer: ridge regression of its trained features onto what it is to learn. Few steps are then
+            enough. Stage 3 goes on from the layer as it was trained, not from the solution.
+        held_out: Share of the normal training images held out for scores and map quantiles, at least one image.
+        calibration_images: At most so many training images serve for the teacher's channel statistics, the solved last
+            layer and reconstruction, the first 32 of them for the quantizers' grids.
+        pre_processor: Pre-processor, or whether to use the default one.
+        post_processor: Post-processor, or whether to use the default one.
+        evaluator: Evaluator, or whether to use the default one.
+        visualizer: Visualizer, or whether to use the default one.
+
+    Raises:
+        ValueError: If a setting is out of its range; the message names it.
+
+    Example:
+        >>> from anomalib.data import MVTecAD
+        >>> from anomalib.engine import Engine
+        >>> from anomalib.models import Raad
+        >>> Engine(max_steps=2000).train(Raad(), datamodule=MVTecAD(train_batch_size=1))  # doctest: +SKIP
+    """
+
+    model: RaadModel
+    run_seed: torch.Tensor
+
+    def __init__(
+        self,
+        teacher: str | Path = "bundled",
+        model_size: str = "small",
+        padding: bool = False,
+        lr: float = 1e-4,
+        lr_decay: float = 0.2,
+        finetune_lr: float = 1e-4,
+        weight_decay: float = 1e-5,
+        train_steps: int = 70_000,
+        finetune_steps: int = 60_000,
+        p_hard: float = 0.999,
+        lambdas: tuple[float, float, float] = (1.0, 1.0, 1.0),
+        penalty_dir: str | Path | None = None,
+        normalize_maps: bool = True,
+        bits: int | dict[str, int] | None = None,
+        average_bits: float = DEFAULT_AVERAGE_BITS,
+        activation_bits: int | None = 8,
+        first_last_bits: int = 8,
+        autoencoder_bits: int = 8,
+        hqs_thresholds: tuple[float, float, float] | None = None,
+        reconstruction_iterations: int = 300,
+        closed_form: bool = True,
+        held_out: float = 0.1,
+        calibration_images: int = 128,
+        pre_processor: PreProcessor | bool = True,
+        post_processor: PostProcessor | bool = True,
+        evaluator: Evaluator | bool = True,
+        visualizer: Visualizer | bool = True,
+    ) -> None:
+        super().__init__(pre_processor, post_processor, evaluator, visualizer)
+        check_numbers(self.hparams, _NEEDS)
+        check_numbers({f"lambdas[{i}]": value for i, value in enumerate(lambdas)}, _LAMBDAS)
+        self.model = RaadModel(model_size=model_size, padding=padding, p_hard=p_hard)
+        self.allocation = Allocation(
+            bits, first_last_bits, autoencoder_bits, hqs_thresholds, average_bits, activation_bits
+        )
+        weights = aligned_weights(self.model)
+        self.allocation.allot(dict.fromkeys(weights, 0.0), weights)  # raises now what would stop the run at stage 2
+        self.reconstruction = Reconstruction(reconstruction_iterations)
+        self.schedule = Schedule(train_steps, finetune_steps)
+        self.learning_rates = LearningRates(lr, finetune_lr, lr_decay)
+        self.weight_decay = weight_decay
+        self.lambdas = lambdas
+        self.normalize_maps = normalize_maps
+        self.closed_form = closed_form
+        self.held_out = held_out
+        self.calibration_images = calibration_images
+        self.teacher_source, self.model_size, self.penalty_dir = teacher, model_size, penalty_dir
+        self.record = Record()
+        self._penalty: PenaltyImages | None = None
+        self._teacher_features = FeatureCache(self.model.teacher)
+        # Everything random in a run follows from this number; -1 until the run has begun.
+        self.register_buffer("run_seed", torch.tensor(-1))
+
+    # ---------------------------------------------------------------------------------------------- before training
+
+    def setup(self, stage: str) -> None:
+        """Check the settings and the data, and load the teacher, before training starts."""
+        if type(self.trainer.strategy.checkpoint_io) is AnomalibCheckpointIO:  # the user's own stays
+            self.trainer.strategy.checkpoint_io = AtomicCheckpointIO()
+        if stage != "fit":
+            return
+        datamodule = datamodule_of(self.trainer)
+        if datamodule is None:
+            msg = "Raad splits its training images itself: pass a datamodule to fit, not dataloaders"
+            raise ValueError(msg)
+        warn_of_slow_precision(self.trainer)
+        check_images(datamodule)
+        check_transform(self.transform, self.input_size, MIN_IMAGE_SIZE, MAX_IMAGE_SIZE)
+        if self.penalty_dir is not None:
+            self._penalty = PenaltyImages(self.penalty_dir)
+        if not self.model.teacher_loaded:
+            load_teacher_(self.model.teacher, self.teacher_source, self.model_size)
+            self.model.teacher_loaded.fill_(value=True)
+
+    def on_fit_start(self) -> None:
+        """Fix the run's seed and with it the split and the order of the training images."""
+        if self.run_seed < 0:
+            self.run_seed.fill_(self.trainer.strategy.broadcast(torch.initial_seed() % 2**31))
+        self._images = NormalImages(datamodule_of(self.trainer), self.held_out, int(self.run_seed))
+        self._images.take_over_training(
+            lambda: self.trainer.global_step * self.trainer.accumulate_grad_batches,
+            self.trainer.global_rank,
+            self.trainer.world_size,
+        )
+
+    def on_train_start(self) -> None:
+        """Lay out the schedule and compute the teacher's channel statistics, once a run."""
+        self.schedule = self._make_schedule()
+        if not self.model.teacher_normalized:  # a fresh run, not a resumed one
+            self._once(self._prepare_model)
+        # The only use of validation is to set the thresholds of the finished model: it runs once, at the end.
+        self._limit_val_batches, self.trainer.limit_val_batches = self.trainer.limit_val_batches, 0
+
+    def _make_schedule(self) -> Schedule:
+        train, finetune = self.schedule.train_steps, self.schedule.finetune_steps
+        total = int(min(self.trainer.estimated_stepping_batches, np.iinfo(np.int64).max))
+        if self.record.reached(Stage.QUANTIZED):  # all that is left is fine-tuning, also with more steps than at first
+            step = self.record.step(Stage.QUANTIZED)
+            return Schedule(step, total - step)
+        if self.trainer.max_steps == -1 and self.trainer.max_epochs in _UNLIMITED_EPOCHS:
+            total = min(total, train + finetune)
+        return Schedule.scaled(train, finetune, total)
+
+    def _prepare_model(self) -> None:
+        self.record.seen = ranges(image[0] for image in self._images.plain(self._calibration_indices))
+        with self._evaluating():
+            self._set_teacher_statistics()
+            if self.closed_form:
+                steps = min(AUTOENCODER_STEPS, self.schedule.train_steps)
+                train_autoencoder_(self.model, *self._calibration_features(), int(self.run_seed), steps)
+
+    def _set_teacher_statistics(self) -> None:
+        images, features = self._calibration_features()
+        self.model.set_teacher_statistics_(tqdm(features, "Teacher statistics", total=len(images), leave=False))
+
+    def configure_optimizers(self) -> Any:  # noqa: ANN401  # one of the many forms Lightning takes
+        """Adam on student and autoencoder, with a learning rate for each stage."""
+        rates = self.learning_rates
+        parameters = [*self.model.student.parameters(), *self.model.ae.parameters()]
+        optimizer = torch.optim.Adam(parameters, rates.lr, weight_decay=self.weight_decay)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rates.factor(self.schedule, step))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    # ---------------------------------------------------------------------------------------------------- training
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        """Quantize when the first step of stage 3 is due."""
+        del batch, batch_idx
+        if self.schedule.stage(self.global_step) is Stage.FINE_TUNED and not self.record.reached(Stage.QUANTIZED):
+            self._end_stage(Stage.TRAINED, self.global_step)
+            self._once(self._quantize)
+            self.trainer.optimizers[0].state.clear()  # stage 3 starts with a fresh Adam
+            self._end_stage(Stage.QUANTIZED, self.global_step)
+            self._teacher_features.clear()  # its poolings read 8 bits here, floats while stage 3 trains
+        self.model.student_head.restore_(self.model.student)
+
+    def training_step(self, batch: ImageBatch, batch_idx: int) -> STEP_OUTPUT:
+        """Compute the loss of Eq. 6 and log its terms."""
+        images = cast("torch.Tensor", batch.image)
+        paths = None if self._images.vary else batch.image_path
+        features = None if paths is None else self._teacher_features(paths, images)
+        # A run resumed from the checkpoint of an epoch's end counts its first batches on from that epoch.
+        turn = batch_idx % self.trainer.accumulate_grad_batches
+        with randomness([int(self.run_seed), self.global_step, turn, self.global_rank], self.device):
+            losses: Losses = self.model(images, self._penalty.draw(images) if self._penalty else None, features)
+        terms = {name: term for name, term in losses._asdict().items() if term is not None}
+        loss = losses.weighted(self.lambdas)
+        if not torch.isfinite(loss):
+            self._stop_at_non_finite("loss", ", ".join(f"{name}={term.item()}" for name, term in terms.items()))
+        self.log("stage", float(self.schedule.stage(self.global_step).number), prog_bar=True)
+        self.log("train_loss", loss, prog_bar=True)
+        self.log_dict({f"train_{name}": term for name, term in terms.items()})
+        return loss
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Stop before a gradient that is not finite can spoil the weights."""
+        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        if not torch.isfinite(norm):
+            self._stop_at_non_finite("gradient", f"norm={float(norm)}")
+
+    def _stop_at_non_finite(self, what: str, details: str) -> None:
+        stage = self.schedule.stage(self.global_step).number
+        msg = (
+            f"the {what} of step {self.global_step} (stage {stage}) is not finite: {details}. The weights are those of "
+            "the last good step. Lower lr, finetune_lr or the lambdas."
+        )
+        raise FloatingPointError(msg)
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401
+        """Step, and finish the model in the last step, before any callback can save a checkpoint of it."""
+        super().optimizer_step(*args, **kwargs)
+        if self.global_step + 1 == self.schedule.total:
+            self._teacher_features.clear()  # its poolings read floats while stage 3 trains, 8 bits from now on
+            self._end_stage(Stage.FINE_TUNED, self.global_step + 1)
+            if self.trainer.is_global_zero and not is_dev_run(self.trainer):
+                stages = list(self.record.stages.values())
+                folder = Path(self.trainer.default_root_dir)
+                picture = write_report(folder, self.model, self.record.outcome, stages)
+                log_figures(self.loggers, [picture], self.global_step + 1)
+            self.trainer.limit_val_batches = self._limit_val_batches
+            self.trainer.should_stop = True  # lets Lightning validate even in the middle of an epoch
+
+    def on_train_end(self) -> None:
+        """Warn if the run ended before the model was finished."""
+        self.trainer.limit_val_batches = self._limit_val_batches
+        if self.global_step < self.schedule.total:
+            logger.warning(
+                "Raad stopped after %d of %d steps: the model is not finished. Resume with ckpt_path.",
+                *(self.global_step, self.schedule.total),
+            )
+
+    def teardown(self, stage: str) -> None:
+        """Give the datamodule its own training loader back."""
+        if stage == "fit":
+            self._teacher_features.clear()
+            self._images.release()
+            del self._images  # it refers to the datamodule, which must not be pickled with the model
+
+    # -------------------------------------------------------------------------------------------- the ends of stages
+
+    def _quantize(self) -> None:
+        with self._evaluating():
+            self.record.outcome = quantize_(
+                self.model,
+                self._plain_images(self._images.held_out, "Hierarchical quantization scoring"),
+                self._plain_images(self._calibration_indices, "Quantizer calibration"),
+                self.allocation,
+                self.reconstruction,
+                int(self.run_seed),
+            )
+            self._teacher_features.clear()
+            self._set_teacher_statistics()
+        bits = {name: layer.bits for name, layer in quantizable_layers(self.model.teacher).items()}
+        logger.info("Raad: bits of teacher and student %s, scores %s", bits, self.record.outcome.scores)
+
+    def _end_stage(self, stage: Stage, step: int) -> None:
+        """Solve the student's last layer, normalise the maps, note how they do on held-out normals, save the model."""
+        if self.closed_form:
+            self._once(self.solve_student)
+        figures = self.look_at_held_out()
+        self.record.stages[stage.value] = {
+            "stage": stage.value,
+            "step": step,
+            "bytes": model_bytes(self.model),
+            **figures,
+        }
+        for metrics_logger in self.loggers:
+            metrics_logger.log_metrics(figures, step=step)
+        callback = self.trainer.checkpoint_callback
+        folder = callback.dirpath if isinstance(callback, ModelCheckpoint) and not is_dev_run(self.trainer) else None
+        if folder and stage is not Stage.FINE_TUNED:
+            self.trainer.save_checkpoint(Path(folder) / f"{stage.value}.ckpt")
+
+    def solve_student(self) -> None:
+        """Solve the student's last layer for the features as they are now, during a fit."""
+        with self._evaluating():
+            self.model.solve_student_(*self._calibration_features(), int(self.run_seed))
+
+    def look_at_held_out(self) -> dict[str, float]:
+        """Normalise the maps of the model as it is now on the held-out normal images, during a fit.
+
+        Returns:
+            What their maps say, see :func:`~.attention_bias.held_out_figures`.
+        """
+        images, maps = [], []
+        with self._evaluating():
+            for image in self._plain_images(self._images.held_out, "Map quantiles"):
+                images.append(image)
+                maps.append(torch.stack(self.model.maps(image)))
+        if self.normalize_maps:
+            self.model.set_map_quantiles_(maps)
+        return held_out_figures(images, maps, self.model.blind_edge)
+
+    # ----------------------------------------------------------------------------------------------------- helpers
+
+    def _once(self, change: Callable[[], None]) -> None:
+        """Let one process change the model and give all others the result."""
+        if self.trainer.is_global_zero:
+            change()
+        if self.trainer.world_size > 1:
+            state, self.record = self.trainer.strategy.broadcast((self.model.state_dict(), self.record))
+            self.model.load_state_dict(state)
+
+    def _evaluating(self) -> AbstractContextManager[None]:
+        return evaluating(self.model, self.trainer)
+
+    @property
+    def seen(self) -> Ranges:
+        """Properties of the training images."""
+        return self.record.seen
+
+    @property
+    def transform(self) -> Transform | None:
+        """What the pre-processor does to images."""
+        return cast("PreProcessor", self.pre_processor).transform if self.pre_processor else None
+
+    @property
+    def _calibration_indices(self) -> list[int]:
+        return self._images.kept[: self.calibration_images]
+
+    def _calibration_features(self) -> tuple[list[torch.Tensor], Iterator[torch.Tensor]]:
+        """The calibration images and their teacher features, of which those not known are computed one by one."""
+        images = list(self._plain_images(self._calibration_indices, "Reading the calibration images"))
+        paths = self._images.paths(self._calibration_indices)
+        return images, (self._teacher_features([path], image) for path, image in zip(paths, images, strict=True))
+
+    def _plain_images(self, indices: Sequence[int], description: str) -> Iterator[torch.Tensor]:
+        for image in tqdm(self._images.plain(indices), description, total=len(indices), leave=False):
+            yield self.transform(image.to(self.device)) if self.transform else image.to(self.device)
+
+    # ---------------------------------------------------------------------------------------------- anomalib's hooks
+
+    def validation_step(self, batch: Batch, *args: Any, **kwargs: Any) -> STEP_OUTPUT:  # noqa: ANN401
+        """Predict anomaly maps and scores, from which the post-processor takes its thresholds."""
+        del args, kwargs
+        # A processor takes one image at a time: memory for the feature maps of many is handed out anew at every layer,
+        # page by page, which costs a quarter of the time at a batch of 16.
+        images = cast("torch.Tensor", batch.image)
+        pieces = images.split(1) if self.device.type == "cpu" else [images]
+        predictions = [self.model(piece) for piece in pieces]
+        scores = torch.cat([prediction.pred_score for prediction in predictions])
+        maps = torch.cat([prediction.anomaly_map for prediction in predictions])
+        return batch.update(pred_score=scores, anomaly_map=maps)
+
+    def configure_callbacks(self) -> list[Callback]:
+        """anomalib's, and before them a guard that sees images as they are on the disk."""
+        return [PredictionGuard(), Forecast(), *cast("list[Callback]", super().configure_callbacks())]
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Save the record with the model, if its weights are finite."""
+        super().on_save_checkpoint(checkpoint)
+        check_finite(self.model)
+        checkpoint["Raad"] = self.record.state()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Restore the record; raises ``ValueError`` for a checkpoint of another model or format."""
+        super().on_load_checkpoint(checkpoint)
+        self.record = Record.from_state(state_of(checkpoint, "Raad"))
+        keep_metrics_of(self, checkpoint)
+
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> "Raad":  # noqa: ANN401
+        """Load a checkpoint, see anomalib's method; raises ``ValueError`` for a damaged file."""
+        check_archive(checkpoint_path)
+        return cast("Raad", super().load_from_checkpoint(checkpoint_path, *args, **kwargs))
+
+    def to_openvino(
+        self,
+        export_root: Path | str,
+        model_file_name: str = "model",
+        input_size: tuple[int, int] | None = None,
+        compression_type: CompressionType | None = None,
+        *args: Any,  # noqa: ANN401
+        packed: bool = True,
+        feature_projection: int | None = None,
+        **kwargs: Any,  # noqa: ANN401
+    ) -> Path:
+        """Export to OpenVINO IR; a finished model's convolutions then run in integer kernels.
+
+        For exactly the checkpoint's scores compile it with ``{"INFERENCE_PRECISION_HINT": "f32"}``
+        (``OpenVINOInferencer(config=...)``): by default OpenVINO computes what lies between the convolutions in
+        bfloat16 on CPUs that have it.
+
+        Args:
+            export_root: The IR goes into ``weights/openvino`` in this folder.
+            model_file_name: Name of the files.
+            input_size: Height and width of the images; ``None``: any.
+            compression_type: ``None``, or ``FP16`` for biases and steps in float16. With the others, and with options
+                for anomalib's conversion (``args``, ``ov_kwargs``, ``onnx_kwargs``), anomalib exports the simulation of
+                the quantized model, which computes in floating point.
+            args: The other arguments of anomalib's method.
+            packed: Store weights of 2 bits in 2 and those of 3 or 4 bits in 4 bits. The results are the same.
+            feature_projection: Compare only so many random directions of the 384 channels: smaller and faster, and the
+                scores differ a little from the checkpoint's. For finished models.
+            kwargs: Like ``args``.
+
+        Returns:
+            Path of the ``.xml`` file.
+
+        Raises:
+            ValueError: If there are fewer channels than ``feature_projection``.
+            ModuleNotFoundError: If OpenVINO is not installed.
+        """
+        plain = args or kwargs.get("ov_kwargs") or kwargs.get("onnx_kwargs")
+        if not self.model.quantized or plain or compression_type not in {None, CompressionType.FP16}:
+            state = "quantized already; this exports its simulation" if self.model.quantized else "not quantized yet"
+            logger.warning("Raad: the model is %s. The IR will not run all convolutions in integers.", state)
+            return super().to_openvino(export_root, model_file_name, input_size, compression_type, *args, **kwargs)
+        if find_spec("openvino") is None:
+            msg = "exporting to OpenVINO needs OpenVINO: pip install 'anomalib[openvino]'"
+            raise ModuleNotFoundError(msg)
+        from anomalib_raad.export.openvino import save_integer_ir  # noqa: PLC0415  # an optional part of anomalib
+
+        path = create_export_root(export_root, ExportType.OPENVINO) / f"{model_file_name}.xml"
+        with projected(self, feature_projection) as module:
+            save_integer_ir(module, path, input_size, packed=packed, half=compression_type == CompressionType.FP16)
+        return path
+
+    @classmethod
+    def configure_pre_processor(cls, image_size: tuple[int, int] | None = None) -> PreProcessor:
+        """Resize to 256x256 by default; ImageNet normalisation is part of the networks."""
+        # Not in a Compose: anomalib's tiled ensemble takes the Resize out, and a Compose must not be empty.
+        return RaadPreProcessor(transform=Resize(image_size or (256, 256), antialias=True))
+
+    def configure_post_processor(self) -> PostProcessor:
+        """anomalib's, with scores that are not cut off."""
+        return RaadPostProcessor()
+
+    @classmethod
+    def configure_visualizer(cls) -> StageVisualizer:
+        """Heatmaps as anomalib draws them, and the figures of the stages."""
+        return StageVisualizer(STAGE_CHECKPOINTS)
+
+    @property
+    def trainer_arguments(self) -> dict[str, Any]:
+        """No sanity check: before training there is nothing to validate. And Raad shares out the batches itself."""
+        return {"num_sanity_val_steps": 0, "use_distributed_sampler": False}
+
+    @property
+    def learning_type(self) -> LearningType:
+        """One-class: trained on normal images only."""
+        return LearningType.ONE_CLASS

@@ -1,0 +1,218 @@
+"""RAAD's networks and what is computed from them: loss terms, anomaly maps, scores. No Lightning."""
+
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import torch
+from anomalib.data import InferenceBatch
+from torch import nn
+from torch.nn import functional as F  # noqa: N812
+
+from anomalib_raad.quantization.layers import quantizable_layers, quantizable_poolings
+from anomalib_raad.teacher.pdn import LOST_CELLS, STRIDE
+from anomalib_raad.teacher.statistics import channel_mean_std
+
+from .losses import Losses, augment, hard_feature_loss, squared_difference
+from .networks import Autoencoder, PatchDescriptionNetwork, channels_last
+from .student_head import StudentHead
+
+MIN_IMAGE_SIZE, MAX_IMAGE_SIZE = 64, 1024
+
+
+class RaadModel(nn.Module):
+    """Teacher, student and autoencoder of EfficientAD with convolutions that can be quantized in place.
+
+    In training mode :meth:`forward` returns :class:`Losses`, in evaluation mode an ``InferenceBatch``.
+
+    Images may have any size from 64 to 1024 pixels a side. The PDNs are fully convolutional. The autoencoder always
+    sees the whole image at 256x256, so that its bottleneck stays one vector of 64 values; its output is resized to the
+    PDNs' output. At 256x256 this is EfficientAD.
+
+    Args:
+        model_size: ``small`` (PDN-S) or ``medium`` (PDN-M).
+        padding: Zero-pad the PDNs' convolutions. Without it the maps' borders are filled with zeros.
+        out_channels: Channels of teacher and autoencoder; the student has twice as many.
+        p_hard: Quantile of the hard-feature selection, see :func:`~.losses.hard_feature_loss`.
+    """
+
+    teacher_mean: torch.Tensor
+    teacher_std: torch.Tensor
+    map_quantiles: torch.Tensor
+    teacher_loaded: torch.Tensor
+    teacher_normalized: torch.Tensor
+
+    def __init__(
+        self,
+        model_size: str = "small",
+        padding: bool = False,
+        out_channels: int = 384,
+        p_hard: float = 0.999,
+    ) -> None:
+        super().__init__()
+        if not 0 <= p_hard < 1:
+            msg = f"p_hard is {p_hard}; a quantile in [0, 1) is needed"
+            raise ValueError(msg)
+        self.teacher = PatchDescriptionNetwork(model_size, out_channels, padding).requires_grad_(requires_grad=False)
+        self.student = PatchDescriptionNetwork(model_size, 2 * out_channels, padding)
+        self.ae = Autoencoder(out_channels, padding)
+        self.student_head = StudentHead(self.student.head)
+        self.out_channels = out_channels
+        self.padding = padding
+        self.p_hard = p_hard
+        # Channel statistics of the teacher on normal images, mu and sigma.
+        self.register_buffer("teacher_mean", torch.zeros(1, out_channels, 1, 1))
+        self.register_buffer("teacher_std", torch.ones(1, out_channels, 1, 1))
+        # Rows: student-teacher map, student-autoencoder map; columns: q_a and q_b. (0, 0.1) leaves a map as it is.
+        self.register_buffer("map_quantiles", torch.tensor([[0.0, 0.1], [0.0, 0.1]]))
+        self.register_buffer("teacher_loaded", torch.tensor(False))  # noqa: FBT003
+        self.register_buffer("teacher_normalized", torch.tensor(False))  # noqa: FBT003
+        self.train()
+
+    @property
+    def blind_edge(self) -> int:
+        """Pixels along the edges of an image where the maps are zero: networks without padding do not see them."""
+        return 0 if self.padding else STRIDE * LOST_CELLS
+
+    @property
+    def quantized(self) -> bool:
+        """Whether stage 2 is over."""
+        return any(layer.bits for layer in quantizable_layers(self).values())
+
+    def train(self, mode: bool = True) -> "RaadModel":
+        """Set the mode of student and autoencoder; the teacher stays in evaluation mode but for its poolings."""
+        super().train(mode)
+        self.teacher.eval()
+        for pooling in quantizable_poolings(self.teacher).values():
+            pooling.train(mode)
+        return self
+
+    def forward(
+        self,
+        image: torch.Tensor,
+        penalty_image: torch.Tensor | None = None,
+        teacher_features: torch.Tensor | None = None,
+    ) -> Losses | InferenceBatch:
+        """Compute the loss terms (training mode) or predictions (evaluation mode).
+
+        Args:
+            image: Images of shape ``(N, 3, H, W)`` in [0, 1], not normalised.
+            penalty_image: In training mode, images for the penalty, of the same shape. ``None``: no penalty.
+            teacher_features: In training mode, the teacher's features of ``image``, if they are known.
+        """
+        if self.training:
+            return self.losses(image, penalty_image, teacher_features)
+        map_st, map_ae = self._cell_maps(image)
+        (a_st, b_st), (a_ae, b_ae) = self.map_quantiles
+        # Mean of EfficientAD's normalised maps: the q_a-quantile of normal images becomes 0, the q_b-quantile 0.1.
+        # Taken before the resize, which is linear: one instead of two.
+        cell_map = 0.05 * ((map_st - a_st) / (b_st - a_st) + (map_ae - a_ae) / (b_ae - a_ae))
+        anomaly_map = _resize(cell_map, image.shape[-2:])
+        return InferenceBatch(pred_score=anomaly_map.amax(dim=(-2, -1)), anomaly_map=anomaly_map)
+
+    def losses(
+        self,
+        image: torch.Tensor,
+        penalty_image: torch.Tensor | None = None,
+        teacher_features: torch.Tensor | None = None,
+    ) -> Losses:
+        """The terms of Eq. 6 for a batch of images in [0, 1], shape ``(N, 3, H, W)``; see :meth:`forward`."""
+        to_teacher, to_autoencoder = slice(None, self.out_channels), slice(self.out_channels, None)
+        image = channels_last(image)
+        augmented = channels_last(augment(image))
+        with torch.no_grad():
+            target = self.normalized_teacher(image, teacher_features)
+            augmented_target = self.normalized_teacher(augmented)
+
+        student = self.student(augmented, to_autoencoder)
+        autoencoder = self.ae(augmented, student.shape[-2:])
+        penalty = None
+        if penalty_image is not None:
+            penalty = self.student(penalty_image, to_teacher).float().square().mean()
+        return Losses(
+            st=hard_feature_loss(target, self.student(image, to_teacher), self.p_hard),
+            stae=squared_difference(autoencoder, student).mean(),
+            ae=squared_difference(augmented_target, autoencoder).mean(),
+            penalty=penalty,
+        )
+
+    def maps(self, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Student-teacher and student-autoencoder map of images, unnormalised, each ``(N, 1, H, W)``.
+
+        ``M = mean_c D``, resized bilinearly to the image.
+        """
+        map_st, map_ae = (_resize(cell_map, image.shape[-2:]) for cell_map in self._cell_maps(image))
+        return map_st, map_ae
+
+    def _cell_maps(self, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The maps before they are resized; where networks without padding do not see the image they are 0."""
+        image = channels_last(image)
+        student = self.student(image)
+        to_teacher, to_autoencoder = student[:, : self.out_channels], student[:, self.out_channels :]
+        map_st = squared_difference(self.normalized_teacher(image), to_teacher).mean(dim=1, keepdim=True)
+        autoencoder = self.ae(image, student.shape[-2:])
+        map_ae = squared_difference(autoencoder, to_autoencoder).mean(dim=1, keepdim=True)
+        if self.padding:
+            return map_st, map_ae
+        return F.pad(map_st, [LOST_CELLS] * 4), F.pad(map_ae, [LOST_CELLS] * 4)
+
+    def normalized_teacher(self, image: torch.Tensor, teacher_features: torch.Tensor | None = None) -> torch.Tensor:
+        """Teacher features with mean 0 and deviation 1 in each channel on normal images, ``(N, C, h, w)``."""
+        features = self.teacher(image) if teacher_features is None else teacher_features
+        return (features - self.teacher_mean) / self.teacher_std
+
+    def student_target(self, image: torch.Tensor, teacher_features: torch.Tensor | None = None) -> torch.Tensor:
+        """What both halves of the student are to predict: normalised teacher and autoencoder, ``(N, 2 C, h, w)``."""
+        teacher = self.normalized_teacher(image, teacher_features)
+        return torch.cat([teacher, self.ae(image, teacher.shape[-2:])], dim=1)
+
+    def aligned_features(self, image: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Features of teacher and student layer by layer, for Eq. 4; each of shape ``(N, c_l, h_l, w_l)``.
+
+        After the ReLU for the inner layers; for the last one the normalised teacher. Where the student is twice as
+        wide, its first half counts, the one that learns the teacher.
+        """
+        teacher, student = [*self.teacher.features(image)], [*self.student.features(image)]
+        teacher.append(self.normalized_teacher(image, self.teacher.head(teacher[-1])))
+        student.append(self.student.head(student[-1]))
+        return [(t, s[:, : t.shape[1]]) for t, s in zip(teacher, student, strict=True)]
+
+    @torch.no_grad()
+    def set_teacher_statistics_(self, teacher_features: Iterable[torch.Tensor]) -> None:
+        """Compute the channels' mean and standard deviation of the teacher's features of normal images."""
+        mean, std = channel_mean_std(teacher_features)
+        self.teacher_mean.copy_(mean)
+        self.teacher_std.copy_(std)
+        self.teacher_normalized.fill_(value=True)
+
+    @torch.no_grad()
+    def set_map_quantiles_(self, maps: Sequence[torch.Tensor]) -> None:
+        """Normalise the maps by their 0.9- and 0.995-quantile on normal images, q_a and q_b in EfficientAD.
+
+        Args:
+            maps: Of each image both :meth:`maps`, stacked, ``(2, N, 1, H, W)``.
+        """
+        values = np.concatenate([pair.flatten(1).float().cpu().numpy() for pair in maps], axis=1)
+        low, high = np.quantile(values, [0.9, 0.995], axis=1)
+        high = np.maximum(high, low + 1e-6)  # the maps of a part without any variation are constant
+        self.map_quantiles.copy_(torch.tensor(np.stack([low, high], axis=1)))
+
+    @torch.no_grad()
+    def solve_student_(
+        self,
+        images: Sequence[torch.Tensor],
+        teacher_features: Iterable[torch.Tensor],
+        seed: int,
+    ) -> None:
+        """Solve the student's last layer for teacher (first half) and autoencoder (second half), in place.
+
+        Args:
+            images: Normal images, each of shape ``(1, 3, H, W)`` in [0, 1].
+            teacher_features: The teacher's features of each.
+            seed: Seed of the positions that are sampled.
+        """
+        pairs = zip(images, teacher_features, strict=True)
+        self.student_head.solve_(self.student, images, (self.student_target(*pair) for pair in pairs), seed)
+
+
+def _resize(cell_map: torch.Tensor, size: torch.Size) -> torch.Tensor:
+    return F.interpolate(cell_map, size=size, mode="bilinear", align_corners=False)

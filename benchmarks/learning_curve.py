@@ -53,7 +53,7 @@ class LearningCurve(Callback):
         self.points: list[dict[str, float]] = []
         self._seconds, self._resumed = 0.0, 0.0
 
-    def setup(self, trainer: Trainer, *_arguments: Any, **_options: Any) -> None:  # noqa: ANN401
+    def setup(self, trainer: Trainer, *_arguments: Any, **_options: Any) -> None:
         """Start the clock."""
         del trainer
         self._resumed = time.process_time()

@@ -123,7 +123,7 @@ def _export(
     efficientad = EfficientAd(post_processor=False, evaluator=False, visualizer=False)
     raad = Raad(bits=bits, post_processor=False, evaluator=False, visualizer=False)
 
-    def export(module: AnomalibModule, name: str, **options: Any) -> Path:  # noqa: ANN401
+    def export(module: AnomalibModule, name: str, **options: Any) -> Path:
         return module.to_openvino(folder, name, input_size=_SIZE, **options)
 
     full = export(efficientad, "efficientad")

@@ -38,7 +38,7 @@ class AUPRO5(AUPRO):
     """Area under the per-region overlap up to 5 % false positives."""
 
 
-def attempt(*arguments: Any) -> dict[str, Any]:  # noqa: ANN401
+def attempt(*arguments: Any) -> dict[str, Any]:
     """The figures of a cell, or its error: whatever fails in one cell, the others are worth having."""
     try:
         return _run(*arguments)
@@ -104,10 +104,10 @@ class _Recorder(Evaluator):
         self.step_seconds: list[float] = []
         self._start = 0.0
 
-    def on_train_batch_start(self, *_: Any) -> None:  # noqa: ANN401
+    def on_train_batch_start(self, *_: Any) -> None:
         self._start = time.perf_counter()
 
-    def on_train_batch_end(self, *_: Any) -> None:  # noqa: ANN401
+    def on_train_batch_end(self, *_: Any) -> None:
         self.step_seconds.append(time.perf_counter() - self._start)
 
     def on_test_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, *rest: Any) -> None:  # noqa: ANN401

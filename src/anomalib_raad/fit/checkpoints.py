@@ -32,7 +32,7 @@ class AtomicCheckpointIO(AnomalibCheckpointIO):
             os.fsync(file.fileno())
         unfinished.replace(path)
 
-    def load_checkpoint(self, path: _PATH, *args: Any, **kwargs: Any) -> dict[str, Any]:  # noqa: ANN401
+    def load_checkpoint(self, path: _PATH, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Check and read a checkpoint."""
         check_archive(path)
         return super().load_checkpoint(path, *args, **kwargs)

@@ -32,7 +32,7 @@ class Forecast(Callback):
         self._batches = 0
         self._start = 0.0
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:  # noqa: ANN401
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """Count the batches of this process."""
         self._batches += 1
         if self._batches == self.first:

@@ -43,7 +43,7 @@ class PredictionGuard(Callback):
                     logger.warning(message)
                 loader.dataset.image_filenames = [path for path in paths if str(path) not in faults]
 
-    def on_predict_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: ImageBatch, *_: Any) -> None:  # noqa: ANN401
+    def on_predict_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: ImageBatch, *_: Any) -> None:
         """Compare images with the training's, before the pre-processor has resized them."""
         del trainer, pl_module
         for path, image in zip(batch.image_path or [], cast("torch.Tensor", batch.image), strict=False):

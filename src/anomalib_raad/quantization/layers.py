@@ -2,13 +2,14 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import cast
+from typing import TypeVar, cast
 
 import torch
 from torch import nn
 
 from .quantizers import InputQuantizer, WeightQuantizer
 
+N = TypeVar("N", bound=nn.Module)
 _ALL = slice(None)
 
 
@@ -126,7 +127,7 @@ class QuantAvgPool2d(nn.AvgPool2d):
         return super().forward(x if self.training else self.input_quantizer(x))
 
 
-def make_quantizable_(network: nn.Module) -> nn.Module:
+def make_quantizable_(network: N) -> N:
     """Replace a network's convolutions and average poolings by those that can be quantized, in place."""
     for parent in list(network.modules()):
         for name, child in parent.named_children():

@@ -301,7 +301,7 @@ class Raad(AnomalibModule):
         )
         raise FloatingPointError(msg)
 
-    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Step, and finish the model in the last step, before any callback can save a checkpoint of it."""
         super().optimizer_step(*args, **kwargs)
         if self.global_step + 1 == self.schedule.total:
@@ -425,7 +425,7 @@ class Raad(AnomalibModule):
 
     # ---------------------------------------------------------------------------------------------- anomalib's hooks
 
-    def validation_step(self, batch: Batch, *args: Any, **kwargs: Any) -> STEP_OUTPUT:  # noqa: ANN401
+    def validation_step(self, batch: Batch, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
         """Predict anomaly maps and scores, from which the post-processor takes its thresholds."""
         del args, kwargs
         # A processor takes one image at a time: memory for the feature maps of many is handed out anew at every layer,
@@ -465,10 +465,10 @@ class Raad(AnomalibModule):
         model_file_name: str = "model",
         input_size: tuple[int, int] | None = None,
         compression_type: CompressionType | None = None,
-        *args: Any,  # noqa: ANN401
+        *args: Any,
         packed: bool = True,
         feature_projection: int | None = None,
-        **kwargs: Any,  # noqa: ANN401
+        **kwargs: Any,
     ) -> Path:
         """Export to OpenVINO IR; a finished model's convolutions then run in integer kernels.
 

@@ -1,6 +1,6 @@
 """The networks of EfficientAD with layers that can be quantized in place; they take images in [0, 1]."""
 
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Iterator
 from typing import cast
 
@@ -111,10 +111,7 @@ class PatchDescriptionNetwork(BlockNetwork):
 
     def head_input(self, image: torch.Tensor) -> torch.Tensor:
         """What enters the last convolution."""
-        x = image
-        for x in self.features(image):  # noqa: B007  # the last counts; a list would keep the largest maps
-            pass
-        return x
+        return deque(self.features(image), maxlen=1).pop()  # a list would keep the largest maps
 
     def features(self, image: torch.Tensor) -> Iterator[torch.Tensor]:
         """What the convolutions before the last give after their ReLU, one after another."""
@@ -152,7 +149,7 @@ class Autoencoder(nn.Module):
 
     def __init__(self, out_channels: int, padding: bool) -> None:
         super().__init__()
-        network = cast("AutoEncoder", make_quantizable_(AutoEncoder(out_channels, padding)))
+        network = make_quantizable_(AutoEncoder(out_channels, padding))
         self.encoder, self.decoder = network.encoder, network.decoder
         self.encoder.enconv1 = ImageConv2d.from_conv(self.encoder.enconv1)
 

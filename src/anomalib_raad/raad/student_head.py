@@ -37,7 +37,7 @@ class StudentHead(nn.Module):
 
     def __init__(self, layer: QuantConv2d) -> None:
         super().__init__()
-        self.register_buffer("solved", torch.tensor(False))  # noqa: FBT003
+        self.register_buffer("solved", torch.zeros((), dtype=torch.bool))
         self.register_buffer("weight", torch.zeros_like(layer.weight))
         self.register_buffer("bias", torch.zeros(layer.out_channels))
         self.register_buffer("input_scale", torch.ones(()))

@@ -64,8 +64,8 @@ class RaadModel(nn.Module):
         self.register_buffer("teacher_std", torch.ones(1, out_channels, 1, 1))
         # Rows: student-teacher map, student-autoencoder map; columns: q_a and q_b. (0, 0.1) leaves a map as it is.
         self.register_buffer("map_quantiles", torch.tensor([[0.0, 0.1], [0.0, 0.1]]))
-        self.register_buffer("teacher_loaded", torch.tensor(False))  # noqa: FBT003
-        self.register_buffer("teacher_normalized", torch.tensor(False))  # noqa: FBT003
+        self.register_buffer("teacher_loaded", torch.zeros((), dtype=torch.bool))
+        self.register_buffer("teacher_normalized", torch.zeros((), dtype=torch.bool))
         self.train()
 
     @property

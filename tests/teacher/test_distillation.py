@@ -1,4 +1,8 @@
+import json
+
+import pandas as pd
 import pytest
+import timm
 import torch
 from PIL import Image
 from skimage import data
@@ -75,10 +79,6 @@ def test_command_distils_and_resumes(photos, tmp_path) -> None:
     output = tmp_path / "teacher.safetensors"
     distill([*arguments, "--trainer.max_steps=12", f"--output={output}"])
     assert output.stat().st_size < 5.5e6
-    import json
-
-    import pandas as pd
-
     record = json.loads(output.with_suffix(".json").read_text())
     assert record["steps"] == 12
     assert len(record["explained_variance_by_channel"]) == 384
@@ -88,6 +88,21 @@ def test_command_distils_and_resumes(photos, tmp_path) -> None:
     checkpoint = next(tmp_path.rglob("*.ckpt"))
     distill([*arguments, "--trainer.max_steps=14", f"--output={output}", f"--ckpt_path={checkpoint}"])
     assert json.loads(output.with_suffix(".json").read_text())["steps"] == 14
+
+
+def test_the_papers_configuration_takes_a_step(photos, tmp_path, monkeypatch) -> None:
+    """With its own backbone and layers, but random weights, which need no download."""
+    create = timm.create_model
+    monkeypatch.setattr(timm, "create_model", lambda *args, **options: create(*args, **options | {"pretrained": False}))
+    output = tmp_path / "teacher.safetensors"
+    distill([
+        "--config=configs/distill.yaml", f"--data.root={photos}", "--data.held_out=1", "--data.num_workers=0",
+        "--data.batch_size=1", "--model.crops=1", "--model.normalization_images=1", "--trainer.max_steps=1",
+        "--trainer.precision=32-true", "--trainer.val_check_interval=1", "--trainer.accelerator=cpu",
+        f"--trainer.default_root_dir={tmp_path}", "--trainer.enable_progress_bar=false", "--trainer.logger=false",
+        f"--output={output}",
+    ])  # fmt: skip
+    assert json.loads(output.with_suffix(".json").read_text())["steps"] == 1
 
 
 def test_unreadable_photos_are_named_and_skipped_up_to_a_limit(photos, tmp_path, caplog) -> None:

@@ -7,7 +7,7 @@ from anomalib_raad.teacher.features import OFFLINE_BACKBONE, PatchFeatures
 LAYERS = (1, 2, 3)
 
 
-def patchcore_features(features: PatchFeatures, image: torch.Tensor) -> torch.Tensor:
+def patchcore_features(features: PatchFeatures, image: torch.Tensor, channels: int) -> torch.Tensor:
     """PatchCore's post-processing step by step: unfold, pool, upsample, concatenate, pool."""
     maps = features.backbone((image - features.mean) / features.std)
     size = (image.shape[-2] // 8, image.shape[-1] // 8)
@@ -18,7 +18,7 @@ def patchcore_features(features: PatchFeatures, image: torch.Tensor) -> torch.Te
         pooled = F.adaptive_avg_pool1d(patches, 1024).permute(0, 2, 1).reshape(n, 1024, h, w)
         layers.append(F.interpolate(pooled, size=size, mode="bilinear"))
     stacked = torch.cat(layers, dim=1).flatten(2).permute(0, 2, 1)
-    return F.adaptive_avg_pool1d(stacked, 384).permute(0, 2, 1).reshape(len(image), 384, *size)
+    return F.adaptive_avg_pool1d(stacked, channels).permute(0, 2, 1).reshape(len(image), channels, *size)
 
 
 @pytest.fixture(scope="module")
@@ -26,12 +26,15 @@ def features() -> PatchFeatures:
     return PatchFeatures(OFFLINE_BACKBONE, LAYERS)
 
 
-def test_features_equal_patchcores_operations(features: PatchFeatures) -> None:
+# Two layers of 1,024 values do not divide into 384 channels, nor three into 100: a channel then averages over both.
+@pytest.mark.parametrize(("layers", "channels"), [(LAYERS, 384), ((2, 3), 384), (LAYERS, 100)])
+def test_features_equal_patchcores_operations(layers: tuple[int, ...], channels: int) -> None:
+    features = PatchFeatures(OFFLINE_BACKBONE, layers, channels)
     image = torch.rand(1, 3, 128, 160, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        expected = patchcore_features(features, image)
+        expected = patchcore_features(features, image, channels)
     torch.testing.assert_close(features(image), expected, rtol=1e-4, atol=1e-4)
-    assert features(image).shape == (1, 384, 16, 20)
+    assert features(image).shape == (1, channels, 16, 20)
 
 
 def test_backbone_is_frozen(features: PatchFeatures) -> None:
@@ -58,11 +61,6 @@ def test_backbone_knows_imagenet() -> None:
 def test_layers_the_backbone_lacks__error() -> None:
     with pytest.raises(ValueError, match=r"no feature maps \(2, 9\)"):
         PatchFeatures(OFFLINE_BACKBONE, (2, 9))
-
-
-def test_channels_that_cannot_be_shared__error() -> None:
-    with pytest.raises(ValueError, match="100 channels cannot be shared equally by 3 layers"):
-        PatchFeatures(OFFLINE_BACKBONE, LAYERS, out_channels=100)
 
 
 def test_missing_package__error(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -56,7 +56,10 @@ class PatchFeatures(nn.Module):
         mean, std = _input_statistics(backbone, self.backbone)
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
-        self.poolings = nn.ModuleList(_pooling_convolutions(info.channels(), out_channels))
+        widths = info.channels()
+        self.poolings = nn.ModuleList(
+            _Pooling(width, number, len(widths), out_channels) for number, width in enumerate(widths)
+        )
         self.requires_grad_(requires_grad=False).eval()
 
     def train(self, mode: bool = True) -> "PatchFeatures":
@@ -73,8 +76,8 @@ class PatchFeatures(nn.Module):
         """
         size = (image.shape[-2] // _STRIDE, image.shape[-1] // _STRIDE)
         maps = self.backbone((image - self.mean) / self.std)
-        pooled = [pooling(feature) for pooling, feature in zip(self.poolings, maps, strict=True)]
-        return torch.cat([F.interpolate(x, size=size, mode="bilinear", align_corners=False) for x in pooled], dim=1)
+        parts = [pooling(feature, size) for pooling, feature in zip(self.poolings, maps, strict=True)]
+        return torch.stack(parts).sum(dim=0)
 
 
 def create_backbone(name: str, layers: Sequence[int], weights: str | Path | None = None) -> nn.Module:
@@ -129,21 +132,32 @@ def _input_statistics(name: str, backbone: nn.Module) -> tuple[Sequence[float], 
     return config["mean"], config["std"]
 
 
-def _pooling_convolutions(channels: Sequence[int], out_channels: int) -> list[nn.Conv2d]:
-    """Fold PatchCore's pooling of 3x3 patches into one bias-free convolution per layer.
+class _Pooling(nn.Module):
+    """PatchCore's pooling of one layer's 3x3 patches into the channels of all layers, as one bias-free convolution.
 
-    Pooling the unit vectors of one layer's patches gives the columns of the linear map; each layer owns an equal share
-    of the output channels, so the layers' outputs need only be concatenated.
+    Every layer's patches become 1,024 values, and the values of all layers, one after another, are averaged adaptively
+    to the features' channels. Pooling a layer's unit vectors gives the columns of its linear map.
+
+    Args:
+        width: Channels of the layer.
+        number: Which of the layers it is.
+        layers: Number of layers.
+        out_channels: Channels of the features.
     """
-    share, rest = divmod(out_channels, len(channels))
-    if rest or _PATCH_DIMENSION % share:
-        msg = f"{out_channels} channels cannot be shared equally by {len(channels)} layers of {_PATCH_DIMENSION} values"
-        raise ValueError(msg)
-    convolutions = []
-    for width in channels:
-        unit_patches = torch.eye(width * 9).unsqueeze(1)
-        columns = F.adaptive_avg_pool1d(F.adaptive_avg_pool1d(unit_patches, _PATCH_DIMENSION), share)
-        convolution = nn.Conv2d(width, share, kernel_size=3, padding=1, bias=False)
-        convolution.weight.data = columns.squeeze(1).T.reshape(share, width, 3, 3).contiguous()
-        convolutions.append(convolution)
-    return convolutions
+
+    def __init__(self, width: int, number: int, layers: int, out_channels: int) -> None:
+        super().__init__()
+        values = torch.zeros(width * 9, 1, layers * _PATCH_DIMENSION)
+        owned = slice(number * _PATCH_DIMENSION, (number + 1) * _PATCH_DIMENSION)
+        values[..., owned] = F.adaptive_avg_pool1d(torch.eye(width * 9).unsqueeze(1), _PATCH_DIMENSION)
+        columns = F.adaptive_avg_pool1d(values, out_channels).squeeze(1).T  # (out_channels, width * 9)
+        (touched,) = columns.any(dim=1).nonzero(as_tuple=True)
+        self.before, end = int(touched[0]), int(touched[-1]) + 1
+        self.after = out_channels - end
+        self.convolution = nn.Conv2d(width, end - self.before, kernel_size=3, padding=1, bias=False)
+        self.convolution.weight.data = columns[self.before : end].reshape(-1, width, 3, 3).contiguous()
+
+    def forward(self, features: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+        """What a layer's map gives to the features, ``(N, out_channels, *size)``."""
+        pooled = F.interpolate(self.convolution(features), size=size, mode="bilinear", align_corners=False)
+        return F.pad(pooled, (0, 0, 0, 0, self.before, self.after))

@@ -163,7 +163,7 @@ def measure(
         seed_everything(seed)
         curve, module = LearningCurve(steps), model()
         if isinstance(module, Raad):  # the fit ends before stage 3
-            module.schedule = Schedule(last, 1)
+            module.full_schedule = Schedule(last, 1)
         elif not isinstance(module, EfficientAd):
             msg = f"the model is {type(module).__name__}; learning curves are for Raad and EfficientAd"
             raise TypeError(msg)

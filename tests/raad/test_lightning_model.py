@@ -181,9 +181,9 @@ def test_the_last_checkpoint_holds_the_finished_model(uninterrupted, cell_data, 
     for name, value in weights(loaded).items():
         if "post_processor" not in name:  # set by the validation that follows the last step
             torch.testing.assert_close(value, expected[name], rtol=0, atol=0, msg=name)
-    assert loaded.seen == model.seen
-    assert model.seen["channels"] == (1, 1)
-    assert model.seen["width"] == (300, 300)
+    assert loaded.record.seen == model.record.seen
+    assert model.record.seen["channels"] == (1, 1)
+    assert model.record.seen["width"] == (300, 300)
     fresh = Raad(pre_processor=Raad.configure_pre_processor((64, 64)), visualizer=False)
     metrics = engine(logger=False).test(fresh, datamodule=cell_data(), ckpt_path=path)
     assert 0 <= metrics[0]["image_AUROC"] <= 1

@@ -7,6 +7,8 @@ from copy import copy
 import torch
 from anomalib.data import AnomalibDataModule
 from torch.utils.data import DataLoader, Sampler
+from torchvision.transforms.v2 import Transform
+from tqdm import tqdm
 
 
 class ResumableBatches(Sampler[list[int]]):
@@ -71,17 +73,31 @@ class NormalImages:
         datamodule: Its training data must be set up.
         held_out: Share of the images to hold out, at least one image and not all of them.
         seed: Seed of the split and of the order of training.
+        calibration_images: At most so many of the kept images serve as ``calibration``.
+        transform: What the model does to an image before its networks see it.
+        device: Where they see it.
 
     Raises:
         ValueError: If there are fewer than two images.
     """
 
-    def __init__(self, datamodule: AnomalibDataModule, held_out: float, seed: int) -> None:
+    def __init__(
+        self,
+        datamodule: AnomalibDataModule,
+        held_out: float,
+        seed: int,
+        calibration_images: int | None = None,
+        transform: Transform | None = None,
+        device: torch.device | str = "cpu",
+    ) -> None:
         self.datamodule = datamodule
         self.seed = seed
         order = torch.randperm(len(datamodule.train_data), generator=torch.Generator().manual_seed(seed)).tolist()
         number = min(max(1, round(held_out * len(order))), len(order) - 1)
         self.held_out, self.kept = order[:number], order[number:]
+        self.calibration = self.kept[:calibration_images]
+        self.transform = transform
+        self.device = device
         self._plain = copy(datamodule.train_data)
         self._collate = datamodule.external_collate_fn or self._plain.collate_fn
         # Quantizers and statistics see the images as they are, without the user's random augmentations. In a tiled
@@ -98,6 +114,11 @@ class NormalImages:
         """Yield images without augmentation, each of shape ``(1, 3, H, W)`` in [0, 1]."""
         for index in indices:
             yield self._collate([self._plain[index]]).image
+
+    def prepared(self, indices: Sequence[int], description: str) -> Iterator[torch.Tensor]:
+        """Yield images without augmentation as the networks see them, under a progress bar."""
+        for image in tqdm(self.plain(indices), description, total=len(indices), leave=False):
+            yield self.transform(image.to(self.device)) if self.transform else image.to(self.device)
 
     def paths(self, indices: Sequence[int]) -> list[str]:
         """Paths of images, as the batches of training name them."""

@@ -1,7 +1,7 @@
 """What stands between the files of a prediction and the model."""
 
 import logging
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import torch
 from anomalib.data import ImageBatch, PredictDataset
@@ -15,10 +15,16 @@ from anomalib_raad.data.readable import list_faults, unreadable
 logger = logging.getLogger(__name__)
 
 
+class HasSeen(Protocol):
+    """What a model's record knows of its training images."""
+
+    seen: Ranges
+
+
 class PredictionGuard(Callback):
     """Leaves out files that cannot be read, and warns once of an image that is unlike all training images.
 
-    Their ranges are the model's ``seen``; a model that has seen none warns of none.
+    Their ranges are in the model's record; a model that has seen none warns of none.
     """
 
     seen: Ranges
@@ -30,7 +36,7 @@ class PredictionGuard(Callback):
         Raises:
             ValueError: If no file is left.
         """
-        self.seen = cast("Ranges", pl_module.seen)
+        self.seen = cast("HasSeen", pl_module.record).seen
         self.warned = not self.seen
         for loader in CombinedLoader(trainer.predict_dataloaders, "sequential").flattened:
             if isinstance(loader.dataset, PredictDataset):

@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-import torch
 from anomalib.data import AnomalibDataModule
 
 from anomalib_raad.fit.images import NormalImages
@@ -25,11 +24,8 @@ def diagnose_run(results: Path, trained: Path, datamodule: AnomalibDataModule) -
         Path of the picture.
     """
     raad = Raad.load_from_checkpoint(trained, map_location="cpu").eval()
-    images = NormalImages(datamodule, raad.held_out, int(raad.run_seed))
-
-    def seen(indices: list[int]) -> list[torch.Tensor]:
-        return [raad.transform(image) if raad.transform else image for image in images.plain(indices)]
-
-    held_out, calibration = seen(images.held_out[:_HELD_OUT]), seen(images.kept[:_CALIBRATION])
+    images = NormalImages(datamodule, raad.held_out, int(raad.run_seed), _CALIBRATION, raad.transform)
+    held_out = list(images.prepared(images.held_out[:_HELD_OUT], "Held-out images"))
+    calibration = images.prepared(images.calibration, "Inputs of the layers")
     diagnostics = diagnose(raad.model, held_out, calibration, raad.allocation.activation_bits)
     return write_diagnostics(results, diagnostics)

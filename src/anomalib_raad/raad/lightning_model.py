@@ -1,7 +1,7 @@
 """RAAD as an anomalib model: the hooks that carry a fit through its three stages."""
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from importlib.util import find_spec
 from pathlib import Path
@@ -24,7 +24,7 @@ from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torchvision.transforms.v2 import Resize, Transform
 from tqdm import tqdm
 
-from anomalib_raad.data.drift import Ranges, ranges
+from anomalib_raad.data.drift import ranges
 from anomalib_raad.data.penalty import PenaltyImages
 from anomalib_raad.export.projection import projected
 from anomalib_raad.fit.checkpoints import AtomicCheckpointIO, check_archive, check_finite, keep_metrics_of, state_of
@@ -170,7 +170,7 @@ class Raad(AnomalibModule):
         weights = aligned_weights(self.model)
         self.allocation.allot(dict.fromkeys(weights, 0.0), weights)  # raises now what would stop the run at stage 2
         self.reconstruction = Reconstruction(reconstruction_iterations)
-        self.schedule = Schedule(train_steps, finetune_steps)
+        self.full_schedule = self.schedule = Schedule(train_steps, finetune_steps)  # without limits; of the run
         self.learning_rates = LearningRates(lr, finetune_lr, lr_decay)
         self.weight_decay = weight_decay
         self.lambdas = lambdas
@@ -210,7 +210,14 @@ class Raad(AnomalibModule):
         """Fix the run's seed and with it the split and the order of the training images."""
         if self.run_seed < 0:
             self.run_seed.fill_(self.trainer.strategy.broadcast(torch.initial_seed() % 2**31))
-        self._images = NormalImages(datamodule_of(self.trainer), self.held_out, int(self.run_seed))
+        self._images = NormalImages(
+            datamodule_of(self.trainer),
+            self.held_out,
+            int(self.run_seed),
+            self.calibration_images,
+            self.transform,
+            self.device,
+        )
         self._images.take_over_training(
             lambda: self.trainer.global_step * self.trainer.accumulate_grad_batches,
             self.trainer.global_rank,
@@ -226,25 +233,25 @@ class Raad(AnomalibModule):
         self._limit_val_batches, self.trainer.limit_val_batches = self.trainer.limit_val_batches, 0
 
     def _make_schedule(self) -> Schedule:
-        train, finetune = self.schedule.train_steps, self.schedule.finetune_steps
+        full = self.full_schedule
         total = int(min(self.trainer.estimated_stepping_batches, np.iinfo(np.int64).max))
         if self.record.reached(Stage.QUANTIZED):  # all that is left is fine-tuning, also with more steps than at first
             step = self.record.step(Stage.QUANTIZED)
             return Schedule(step, total - step)
         if self.trainer.max_steps == -1 and self.trainer.max_epochs in _UNLIMITED_EPOCHS:
-            total = min(total, train + finetune)
-        return Schedule.scaled(train, finetune, total)
+            total = min(total, full.total)
+        return Schedule.scaled(full.train_steps, full.finetune_steps, total)
 
     def _prepare_model(self) -> None:
-        self.record.seen = ranges(image[0] for image in self._images.plain(self._calibration_indices))
+        self.record.seen = ranges(image[0] for image in self._images.plain(self._images.calibration))
         with self._evaluating():
             self._set_teacher_statistics()
             if self.closed_form:
                 steps = min(AUTOENCODER_STEPS, self.schedule.train_steps)
-                train_autoencoder_(self.model, *self._calibration_features(), int(self.run_seed), steps)
+                train_autoencoder_(self.model, *self._calibration(), int(self.run_seed), steps)
 
     def _set_teacher_statistics(self) -> None:
-        images, features = self._calibration_features()
+        images, features = self._calibration()
         self.model.set_teacher_statistics_(tqdm(features, "Teacher statistics", total=len(images), leave=False))
 
     def configure_optimizers(self) -> Any:  # noqa: ANN401  # one of the many forms Lightning takes
@@ -337,8 +344,8 @@ class Raad(AnomalibModule):
         with self._evaluating():
             self.record.outcome = quantize_(
                 self.model,
-                self._plain_images(self._images.held_out, "Hierarchical quantization scoring"),
-                self._plain_images(self._calibration_indices, "Quantizer calibration"),
+                self._images.prepared(self._images.held_out, "Hierarchical quantization scoring"),
+                self._images.prepared(self._images.calibration, "Quantizer calibration"),
                 self.allocation,
                 self.reconstruction,
                 int(self.run_seed),
@@ -369,7 +376,7 @@ class Raad(AnomalibModule):
     def solve_student(self) -> None:
         """Solve the student's last layer for the features as they are now, during a fit."""
         with self._evaluating():
-            self.model.solve_student_(*self._calibration_features(), int(self.run_seed))
+            self.model.solve_student_(*self._calibration(), int(self.run_seed))
 
     def look_at_held_out(self) -> dict[str, float]:
         """Normalise the maps of the model as it is now on the held-out normal images, during a fit.
@@ -379,7 +386,7 @@ class Raad(AnomalibModule):
         """
         images, maps = [], []
         with self._evaluating():
-            for image in self._plain_images(self._images.held_out, "Map quantiles"):
+            for image in self._images.prepared(self._images.held_out, "Map quantiles"):
                 images.append(image)
                 maps.append(torch.stack(self.model.maps(image)))
         if self.normalize_maps:
@@ -400,28 +407,15 @@ class Raad(AnomalibModule):
         return evaluating(self.model, self.trainer)
 
     @property
-    def seen(self) -> Ranges:
-        """Properties of the training images."""
-        return self.record.seen
-
-    @property
     def transform(self) -> Transform | None:
         """What the pre-processor does to images."""
         return cast("PreProcessor", self.pre_processor).transform if self.pre_processor else None
 
-    @property
-    def _calibration_indices(self) -> list[int]:
-        return self._images.kept[: self.calibration_images]
-
-    def _calibration_features(self) -> tuple[list[torch.Tensor], Iterator[torch.Tensor]]:
+    def _calibration(self) -> tuple[list[torch.Tensor], Iterator[torch.Tensor]]:
         """The calibration images and their teacher features, of which those not known are computed one by one."""
-        images = list(self._plain_images(self._calibration_indices, "Reading the calibration images"))
-        paths = self._images.paths(self._calibration_indices)
+        images = list(self._images.prepared(self._images.calibration, "Reading the calibration images"))
+        paths = self._images.paths(self._images.calibration)
         return images, (self._teacher_features([path], image) for path, image in zip(paths, images, strict=True))
-
-    def _plain_images(self, indices: Sequence[int], description: str) -> Iterator[torch.Tensor]:
-        for image in tqdm(self._images.plain(indices), description, total=len(indices), leave=False):
-            yield self.transform(image.to(self.device)) if self.transform else image.to(self.device)
 
     # ---------------------------------------------------------------------------------------------- anomalib's hooks
 

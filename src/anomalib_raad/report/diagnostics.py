@@ -52,7 +52,7 @@ def diagnose(
     """
     layers = layers_of(model)
     with recorded_inputs(layers) as inputs:
-        for images in tqdm(calibration_images, "Inputs of the layers", leave=False):
+        for images in calibration_images:
             model(images)
     values = {place: torch.cat(samples) for place, samples in inputs.items()}
     sqnr_db = {

@@ -150,14 +150,26 @@ def test_projection(finished: Raad, images: torch.Tensor, tmp_path) -> None:
         finished.to_openvino(tmp_path, feature_projection=385)
 
 
-def test_compressing_a_finished_model_warns(finished: Raad, tmp_path, caplog) -> None:
-    path = finished.to_openvino(tmp_path, input_size=(64, 64), compression_type=CompressionType.INT8)
-    assert "quantized already" in caplog.text
+@pytest.mark.parametrize(
+    ("compression", "message"), [(CompressionType.INT8, "Quantizing it once more changes scores and verdicts")]
+)
+def test_compressing_a_finished_model_warns(finished: Raad, tmp_path, caplog, compression, message) -> None:
+    path = finished.to_openvino(tmp_path, input_size=(64, 64), compression_type=compression)
+    assert "quantized already, and exported without compression_type it runs in integers" in caplog.text
+    assert message in caplog.text
     assert path.exists()
 
 
-def test_unfinished_model_exports_too(images: torch.Tensor, tmp_path) -> None:
+@pytest.mark.parametrize("kind", ["torch", "onnx", "openvino"])
+def test_a_model_without_thresholds__error(tmp_path, kind: str) -> None:
     model = Raad(pre_processor=Raad.configure_pre_processor((64, 64)), visualizer=False)
+    with pytest.raises(ValueError, match="not finished: it has no thresholds"):
+        getattr(model, f"to_{kind}")(tmp_path)
+    assert not list(tmp_path.rglob("*.*"))
+
+
+def test_unfinished_model_exports_without_verdicts(images: torch.Tensor, tmp_path) -> None:
+    model = Raad(pre_processor=Raad.configure_pre_processor((64, 64)), post_processor=False, visualizer=False)
     session = onnxruntime.InferenceSession(model.to_onnx(tmp_path, input_size=(64, 64)))
     outputs = session.run(None, {session.get_inputs()[0].name: images[:1].numpy()})
     names = [output.name for output in session.get_outputs()]

@@ -1,6 +1,7 @@
 """A page in the browser that shows what a deployed model says about images: ``anomalib-raad inspect --model FILE``."""
 
 import json
+import math
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -12,12 +13,12 @@ import numpy as np
 import torch
 from anomalib.data.utils import read_image
 from anomalib.deploy import OpenVINOInferencer
-from anomalib.post_processing import PostProcessor
 from anomalib.visualization.image.functional import overlay_image, visualize_anomaly_map, visualize_image
 from PIL import Image
 from torchvision.transforms.v2.functional import resize
 
 from .data.readable import unreadable
+from .post_processing import check_thresholds
 from .quantization.layers import quantizable_layers
 from .raad.lightning_model import Raad
 
@@ -47,9 +48,7 @@ def load(path: Path) -> tuple[Predict, list[list[str | int]]]:
         return _load_ir(path), [[layer["layer"], layer["bits"]] for layer in layers]
     if path.suffix == ".ckpt":
         model = Raad.load_from_checkpoint(path, map_location="cpu").eval()
-        if model.post_processor and not cast("PostProcessor", model.post_processor).image_threshold.isfinite():
-            msg = f"{path} has no thresholds, since a fit sets them at its end; take its model.ckpt"
-            raise ValueError(msg)
+        check_thresholds(model.post_processor)
         return model, [[name, layer.bits] for name, layer in quantizable_layers(model.model).items()]
     msg = (
         f"{path} is neither an OpenVINO IR (.xml) nor a checkpoint (.ckpt). A .pt is not opened, since it can run any "
@@ -96,6 +95,10 @@ def inspect_images(
             prediction = predict(image[None])
         milliseconds = 1000 * (time.perf_counter() - start)
         score, label = prediction.pred_score.item(), prediction.pred_label
+        if not math.isfinite(score):
+            gr.Warning(f"the score of {name} is not finite")
+            rows.append([name, "", "no verdict: the score is not finite", ""])
+            continue
         verdict = "no threshold" if label is None else "anomalous" if label.item() else "normal"
         heatmap = visualize_anomaly_map(np.asarray(prediction.anomaly_map).squeeze().clip(0, 1))
         gallery.append((overlay_image(visualize_image(image), heatmap), f"{name}: {verdict}, {score:.3f}"))

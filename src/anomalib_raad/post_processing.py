@@ -3,6 +3,7 @@
 import torch
 from anomalib.post_processing import PostProcessor
 from lightning.pytorch import LightningModule, Trainer
+from torch import nn
 
 _LEAST_RANGE = 1e-6
 
@@ -14,6 +15,20 @@ def squash(scores: torch.Tensor) -> torch.Tensor:
     """
     scores = scores.float()
     return 0.5 + 0.5 * scores / (1 + scores.abs())
+
+
+def check_thresholds(post_processor: nn.Module | None) -> None:
+    """Look whether a model can give verdicts; one without a post-processor, or without thresholding, gives none.
+
+    Raises:
+        ValueError: If there is no threshold.
+    """
+    if not isinstance(post_processor, PostProcessor) or not post_processor.enable_thresholding:
+        return
+    if not post_processor.image_threshold.isfinite():
+        msg = "the model is not finished: it has no thresholds, so every image would be normal. A fit sets them at its "
+        msg += "end: take its model.ckpt, resume it with ckpt_path, or run Engine.validate on normal images first"
+        raise ValueError(msg)
 
 
 class RaadPostProcessor(PostProcessor):

@@ -34,3 +34,8 @@ def test_what_differs_is_named(images, change, names: list[str]) -> None:
 
 def test_ranges_are_told(images) -> None:
     assert differences(images[0][:1].expand(3, -1, -1), ranges(images)) == "channels 1 (training: 3 to 3)"
+
+
+def test_counts_are_told_as_counts() -> None:
+    large, small = torch.rand(3, 1234, 40), torch.rand(3, 40, 40)
+    assert "height 1234 (training: 40 to 40)" in differences(large, ranges([small]))

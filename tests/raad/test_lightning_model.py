@@ -10,7 +10,7 @@ from anomalib.data import Folder
 from anomalib.engine import Engine
 from anomalib.models import Raad
 from lightning.pytorch import seed_everything
-from lightning.pytorch.callbacks import Callback, LambdaCallback, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, EarlyStopping, LambdaCallback, ModelCheckpoint
 from PIL import Image
 from torch import nn
 from torchvision.transforms.v2 import Compose, Normalize, RandomHorizontalFlip, Resize
@@ -407,6 +407,46 @@ def test_loaders_without_datamodule__error(cell_data, small_raad, engine) -> Non
 def test_unknown_teacher__error(cell_data, small_raad, engine, teacher: str) -> None:
     with pytest.raises(FileNotFoundError, match=f"unknown teacher '{teacher}': use 'bundled'"):
         engine(max_steps=2, logger=False).fit(small_raad(teacher=teacher), datamodule=cell_data())
+
+
+def test_fit_again_begins_a_run_of_its_own(uninterrupted, cell_data, engine) -> None:
+    """From the weights of student and autoencoder, with a fresh teacher, on whatever data, for any number of steps."""
+    folder, _ = uninterrupted
+    path = next(folder.rglob("model.ckpt"))
+    old = Raad.load_from_checkpoint(path)
+    model = Raad.load_from_checkpoint(path, visualizer=False)
+    starts: dict[str, nn.Module] = {}
+    keep = LambdaCallback(on_before_backward=lambda _, model, __: starts.setdefault("first", deepcopy(model.model)))
+    seed_everything(11)
+    engine(max_steps=5, logger=False, callbacks=[keep]).fit(model, datamodule=cell_data())  # 5: where it was quantized
+    start = starts["first"]
+    assert not start.quantized
+    fresh = RaadModel().teacher
+    load_teacher_(fresh, "bundled", "small")
+    for name, parameter in start.teacher.named_parameters():
+        assert torch.equal(parameter, fresh.get_parameter(name)), name
+    old.model.student_head.restore_(old.model.student)
+    torch.testing.assert_close(start.student.conv2.weight, old.model.student.conv2.quantized_weight())
+    assert [(stage["stage"], stage["step"]) for stage in model.record.stages.values()] == [
+        ("trained", 3),
+        ("quantized", 3),
+        ("fine_tuned", 5),
+    ]
+    assert int(model.run_seed) == 11
+    assert model.model.quantized
+    assert model.post_processor.image_threshold.isfinite()
+
+
+def test_one_batch_goes_through_all_stages(cell_data, small_raad, engine) -> None:
+    model = small_raad()
+    engine(fast_dev_run=True).fit(model, datamodule=cell_data())
+    assert list(model.record.stages) == ["trained", "quantized", "fine_tuned"]
+
+
+@pytest.mark.parametrize("callback", [EarlyStopping("image_AUROC"), ModelCheckpoint(monitor="pixel_F1Score")])
+def test_monitoring_what_training_does_not_log__error(cell_data, small_raad, engine, callback: Callback) -> None:
+    with pytest.raises(ValueError, match=r"monitors '\w+', which does not exist during a fit"):
+        engine(max_steps=4, logger=False, callbacks=[callback]).fit(small_raad(), datamodule=cell_data())
 
 
 def test_a_stage_without_a_step__error(cell_data, small_raad, engine) -> None:

@@ -77,3 +77,20 @@ def test_a_first_layer_rounds_ties_up_whatever_float32_makes_of_them(error: floa
 
     assert torch.equal(rounded(steps + 1 / 2), steps + 1)
     assert torch.equal(rounded(steps + 1 / 2 - 1 / 1024), steps)
+
+
+@pytest.mark.parametrize("padding", [0, 1])
+def test_a_first_layer_that_is_quantized_no_longer_normalises_again(padding: int) -> None:
+    torch.manual_seed(0)
+    layer = ImageConv2d.from_conv(nn.Conv2d(3, 5, 4, padding=padding)).eval()
+    images = torch.randint(256, (2, 3, 9, 9)) / 255
+    with torch.no_grad():
+        layer.quantize_weight_(8)
+        quantized = layer(images)
+        layer.dequantize_()
+        assert (layer.bits, layer.input_quantizer.bits) == (0, 0)
+        # The grey that pads is ImageNet's mean up to half a step of 8 bits.
+        torch.testing.assert_close(layer(images), quantized, rtol=0, atol=0.05 if padding else 1e-5)
+        before = layer.weight.clone()
+        layer.dequantize_()  # which changes nothing any more
+        assert torch.equal(layer.weight, before)

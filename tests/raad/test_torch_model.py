@@ -181,3 +181,8 @@ def test_blind_edge(padding: bool, size: tuple[int, int]) -> None:
     assert (map_st[..., edge : -edge or None, edge : -edge or None] > 0).all()
     assert (edge == 0) == padding
     assert not map_st[..., : edge // 2, :].any()
+
+
+def test_float16__error() -> None:
+    with pytest.raises(TypeError, match="exceed float16; use bfloat16"):
+        RaadModel().eval().half()(torch.rand(1, 3, 64, 64).half())

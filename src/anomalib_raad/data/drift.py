@@ -30,7 +30,12 @@ def ranges(images: Iterable[torch.Tensor]) -> Ranges:
 def differences(image: torch.Tensor, seen: Mapping[str, tuple[float, float]]) -> str:
     """Say which properties of an image ``(3, H, W)`` lie outside the training images', if any."""
     return ", ".join(
-        f"{name} {value:.3g} (training: {seen[name][0]:.3g} to {seen[name][1]:.3g})"
+        f"{name} {_text(value)} (training: {_text(seen[name][0])} to {_text(seen[name][1])})"
         for name, value in properties(image).items()
         if not seen[name][0] / FACTOR <= value <= seen[name][1] * FACTOR
     )
+
+
+def _text(value: float) -> str:
+    """Counts as counts, shares with three digits."""
+    return str(int(value)) if value.is_integer() and value >= 1 else f"{value:.3g}"

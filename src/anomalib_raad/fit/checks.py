@@ -7,10 +7,13 @@ from typing import Any
 
 from anomalib.data import AnomalibDataModule
 from anomalib.data.transforms.utils import extract_transforms_by_type
+from lightning.pytorch import Trainer
 from torchvision.transforms.v2 import Normalize, Transform
 from tqdm import tqdm
 
 from anomalib_raad.data.readable import list_faults, unreadable
+
+from .trainer import callbacks_of
 
 NEEDS: dict[str, Callable[[Any], bool]] = {
     "a positive number up to 1": lambda x: 0 < x <= 1,
@@ -57,6 +60,20 @@ def check_images(datamodule: AnomalibDataModule) -> None:
     if faults := unreadable(tqdm(paths, "Checking the images", leave=False)):
         msg = f"{len(faults)} image(s) for training or validation cannot be used:\n{list_faults(faults)}"
         raise ValueError(msg)
+
+
+def check_monitors(trainer: Trainer) -> None:
+    """Look at what callbacks watch: metrics of the validation exist at the end of a fit only.
+
+    Raises:
+        ValueError: If an ``EarlyStopping`` or a ``ModelCheckpoint`` watches a metric that training does not log.
+    """
+    for callback in callbacks_of(trainer):
+        monitor = getattr(callback, "monitor", None)
+        if monitor is not None and not monitor.startswith("train_"):
+            msg = f"{type(callback).__name__} monitors {monitor!r}, which does not exist during a fit: the model is "
+            msg += "validated once, when it is finished. Monitor train_loss or another train_ metric, or nothing"
+            raise ValueError(msg)
 
 
 def check_transform(transform: Transform | None, input_size: tuple[int, int] | None, least: int, most: int) -> None:

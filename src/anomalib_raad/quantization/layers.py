@@ -63,6 +63,12 @@ class QuantConv2d(nn.Conv2d):
         """Choose the input's grid by a sample of its values, of any shape, and quantize it from now on."""
         self.input_quantizer.choose_(values, bits)
 
+    @torch.no_grad()
+    def dequantize_(self) -> None:
+        """Keep the quantized weights and compute in floating point from now on."""
+        self.weight.copy_(self.quantized_weight())
+        self.weight_quantizer.bits = self.input_quantizer.bits = 0
+
     def set_weight_(self, weight: torch.Tensor) -> None:
         """Replace the weights and, if they are quantized, their scales."""
         self.weight.copy_(weight)
@@ -136,6 +142,14 @@ def make_quantizable_(network: N) -> N:
             elif type(child) is nn.AvgPool2d:
                 setattr(parent, name, QuantAvgPool2d.from_pool(child))
     return network
+
+
+def dequantize_(network: nn.Module) -> None:
+    """Let a network compute in floating point from now on, with the weights as quantization left them."""
+    for layer in quantizable_layers(network).values():
+        layer.dequantize_()
+    for pooling in quantizable_poolings(network).values():
+        pooling.input_quantizer.bits = 0
 
 
 @contextmanager

@@ -28,14 +28,14 @@ from anomalib_raad.data.drift import ranges
 from anomalib_raad.data.penalty import PenaltyImages
 from anomalib_raad.export.projection import projected
 from anomalib_raad.fit.checkpoints import AtomicCheckpointIO, check_archive, check_finite, keep_metrics_of, state_of
-from anomalib_raad.fit.checks import check_images, check_numbers, check_transform
+from anomalib_raad.fit.checks import check_images, check_monitors, check_numbers, check_transform
 from anomalib_raad.fit.feature_cache import FeatureCache
 from anomalib_raad.fit.forecast import Forecast
 from anomalib_raad.fit.images import NormalImages
 from anomalib_raad.fit.modes import evaluating, randomness
 from anomalib_raad.fit.prediction_guard import PredictionGuard
 from anomalib_raad.fit.trainer import datamodule_of, is_dev_run
-from anomalib_raad.post_processing import RaadPostProcessor
+from anomalib_raad.post_processing import RaadPostProcessor, check_thresholds
 from anomalib_raad.pre_processing import RaadPreProcessor
 from anomalib_raad.precision import warn_of_slow_precision
 from anomalib_raad.quantization.allocation import DEFAULT_AVERAGE_BITS, Allocation
@@ -65,6 +65,13 @@ _NEEDS = {
     "a share between 0 and 1": ("held_out",),
     "a share from 0 to 1": ("lr_decay",),
     "a quantile in [0, 1)": ("p_hard",),
+}
+_FINISHED = "the model is quantized already, and exported without compression_type it runs in integers as it is. "
+_ANOMALIBS_EXPORT = {  # by whether the model is quantized and whether anomalib is to quantize it
+    (False, False): "the model is not quantized yet: the IR will not run all convolutions in integers.",
+    (False, True): "the model is not quantized yet: anomalib quantizes it, without stages 2 and 3.",
+    (True, False): _FINISHED + "This exports its simulation, which computes in floating point.",
+    (True, True): _FINISHED + "Quantizing it once more changes scores and verdicts: measure before you use it.",
 }
 _LAMBDAS = {"zero or a positive number": ("lambdas[0]", "lambdas[1]", "lambdas[2]")}
 
@@ -197,7 +204,10 @@ class Raad(AnomalibModule):
         if datamodule is None:
             msg = "Raad splits its training images itself: pass a datamodule to fit, not dataloaders"
             raise ValueError(msg)
+        if self.run_seed >= 0 and self.trainer.ckpt_path is None:
+            self._begin_anew()
         warn_of_slow_precision(self.trainer)
+        check_monitors(self.trainer)
         check_images(datamodule)
         check_transform(self.transform, self.input_size, MIN_IMAGE_SIZE, MAX_IMAGE_SIZE)
         if self.penalty_dir is not None:
@@ -205,6 +215,16 @@ class Raad(AnomalibModule):
         if not self.model.teacher_loaded:
             load_teacher_(self.model.teacher, self.teacher_source, self.model_size)
             self.model.teacher_loaded.fill_(value=True)
+
+    def _begin_anew(self) -> None:
+        """A fit without checkpoint is a run of its own, from the weights that student and autoencoder have."""
+        self.run_seed.fill_(-1)
+        self.record = Record()
+        self.model.begin_anew_()
+        if self.post_processor:  # the thresholds of other data
+            for buffer in self.post_processor.buffers():
+                if buffer.is_floating_point():
+                    buffer.fill_(torch.nan)
 
     def on_fit_start(self) -> None:
         """Fix the run's seed and with it the split and the order of the training images."""
@@ -240,6 +260,8 @@ class Raad(AnomalibModule):
             return Schedule(step, total - step)
         if self.trainer.max_steps == -1 and self.trainer.max_epochs in _UNLIMITED_EPOCHS:
             total = min(total, full.total)
+        if is_dev_run(self.trainer) and total == 1:
+            return Schedule(0, 1)  # one batch, and quantization before it
         return Schedule.scaled(full.train_steps, full.finetune_steps, total)
 
     def _prepare_model(self) -> None:
@@ -419,6 +441,12 @@ class Raad(AnomalibModule):
 
     # ---------------------------------------------------------------------------------------------- anomalib's hooks
 
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:  # noqa: ANN401
+        """Take plain tensors of images as well, ``(N, 3, H, W)`` in [0, 1], alone or first in a list."""
+        del dataloader_idx
+        image = batch[0] if isinstance(batch, list | tuple) and batch else batch
+        return ImageBatch(image=image) if isinstance(image, torch.Tensor) else batch
+
     def validation_step(self, batch: Batch, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
         """Predict anomaly maps and scores, from which the post-processor takes its thresholds."""
         del args, kwargs
@@ -452,6 +480,16 @@ class Raad(AnomalibModule):
         """Load a checkpoint, see anomalib's method; raises ``ValueError`` for a damaged file."""
         check_archive(checkpoint_path)
         return cast("Raad", super().load_from_checkpoint(checkpoint_path, *args, **kwargs))
+
+    def to_torch(self, *args: Any, **kwargs: Any) -> Path:
+        """Export for anomalib's torch inferencer; raises ``ValueError`` for a model that is not finished."""
+        check_thresholds(self.post_processor)
+        return super().to_torch(*args, **kwargs)
+
+    def to_onnx(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401  # Lightning's returns something else
+        """Export to ONNX as anomalib does; raises ``ValueError`` for a model that is not finished."""
+        check_thresholds(self.post_processor)
+        return super().to_onnx(*args, **kwargs)
 
     def to_openvino(
         self,
@@ -487,13 +525,14 @@ class Raad(AnomalibModule):
             Path of the ``.xml`` file.
 
         Raises:
-            ValueError: If there are fewer channels than ``feature_projection``.
+            ValueError: If there are fewer channels than ``feature_projection``, or the model is not finished.
             ModuleNotFoundError: If OpenVINO is not installed.
         """
+        check_thresholds(self.post_processor)
         plain = args or kwargs.get("ov_kwargs") or kwargs.get("onnx_kwargs")
-        if not self.model.quantized or plain or compression_type not in {None, CompressionType.FP16}:
-            state = "quantized already; this exports its simulation" if self.model.quantized else "not quantized yet"
-            logger.warning("Raad: the model is %s. The IR will not run all convolutions in integers.", state)
+        compresses = compression_type not in {None, CompressionType.FP16}
+        if not self.model.quantized or plain or compresses:
+            logger.warning("Raad: %s", _ANOMALIBS_EXPORT[self.model.quantized, compresses])
             return super().to_openvino(export_root, model_file_name, input_size, compression_type, *args, **kwargs)
         if find_spec("openvino") is None:
             msg = "exporting to OpenVINO needs OpenVINO: pip install 'anomalib[openvino]'"

@@ -48,6 +48,15 @@ class ImageConv2d(QuantConv2d):
         self.input_quantizer.scale.fill_(1 / 255)
         self.input_quantizer.bits = 8
 
+    @torch.no_grad()
+    def dequantize_(self) -> None:
+        """As in other layers; the image is normalised before the convolution again."""
+        if self.bits:
+            super().dequantize_()
+            black, slope = self._normalisation()
+            self.weight.div_(slope)
+            self.bias.sub_((self.weight * black).sum((1, 2, 3)))
+
     def quantize_input_(self, values: torch.Tensor, bits: int) -> None:
         """Nothing is to choose: the image has its own grid."""
 

@@ -8,7 +8,7 @@ from anomalib.data import InferenceBatch
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
 
-from anomalib_raad.quantization.layers import quantizable_layers, quantizable_poolings
+from anomalib_raad.quantization.layers import dequantize_, quantizable_layers, quantizable_poolings
 from anomalib_raad.teacher.pdn import LOST_CELLS, STRIDE
 from anomalib_raad.teacher.statistics import channel_mean_std
 
@@ -98,7 +98,13 @@ class RaadModel(nn.Module):
             image: Images of shape ``(N, 3, H, W)`` in [0, 1], not normalised.
             penalty_image: In training mode, images for the penalty, of the same shape. ``None``: no penalty.
             teacher_features: In training mode, the teacher's features of ``image``, if they are known.
+
+        Raises:
+            TypeError: If the image is in float16.
         """
+        if image.dtype == torch.float16:
+            msg = "the networks' sums exceed float16; use bfloat16, which is as fast, or float32"
+            raise TypeError(msg)
         if self.training:
             return self.losses(image, penalty_image, teacher_features)
         map_st, map_ae = self._cell_maps(image)
@@ -183,6 +189,16 @@ class RaadModel(nn.Module):
         self.teacher_mean.copy_(mean)
         self.teacher_std.copy_(std)
         self.teacher_normalized.fill_(value=True)
+
+    def begin_anew_(self) -> None:
+        """Go back before stage 1 with the weights of student and autoencoder: a run on other data begins with them.
+
+        The teacher and all statistics are to be set again; quantized weights stay as they are, in floating point.
+        """
+        self.student_head.restore_(self.student)
+        dequantize_(self)
+        self.teacher_loaded.fill_(value=False)
+        self.teacher_normalized.fill_(value=False)
 
     @torch.no_grad()
     def set_map_quantiles_(self, maps: Sequence[torch.Tensor]) -> None:

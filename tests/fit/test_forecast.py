@@ -14,7 +14,7 @@ def test_how_long_the_run_takes_is_said_once(caplog, monkeypatch) -> None:
             forecast.on_train_batch_end(SimpleNamespace(global_step=step), model)
     (message,) = caplog.messages
     assert message.startswith("3600 steps at 2.00 s take about 2 h 00 min on this machine (train 1805, quantize,")
-    assert "To shorten: --trainer.max_steps" in message
+    assert "To shorten: --trainer.max_time" in message
 
 
 def test_raad_forecasts() -> None:

@@ -17,8 +17,10 @@ from torchvision.transforms.v2 import Compose, Normalize, RandomHorizontalFlip, 
 
 from anomalib_raad import RaadModel
 from anomalib_raad.fit.images import NormalImages
+from anomalib_raad.fit.time_budget import TimeBudget
 from anomalib_raad.quantization.layers import quantizable_layers
-from anomalib_raad.raad.schedule import Stage
+from anomalib_raad.raad.plan import Pace
+from anomalib_raad.raad.schedule import Schedule, Stage
 from anomalib_raad.raad.student_head import equalize_head_input_
 from anomalib_raad.teacher.weights import load_teacher_
 
@@ -435,6 +437,48 @@ def test_fit_again_begins_a_run_of_its_own(uninterrupted, cell_data, engine) -> 
     assert int(model.run_seed) == 11
     assert model.model.quantized
     assert model.post_processor.image_threshold.isfinite()
+
+
+@pytest.fixture
+def three_seconds(monkeypatch) -> None:
+    """Time that never passes, and work beside the steps that takes none."""
+    monkeypatch.setattr(TimeBudget, "remaining", property(lambda _: 3.0))
+    monkeypatch.setattr("anomalib_raad.raad.lightning_model.measure_pace", lambda *_: Pace(0, 0, 0))
+    monkeypatch.setattr("anomalib_raad.raad.plan._FIXED", 0.0)
+
+
+@pytest.mark.usefixtures("three_seconds")
+def test_a_fit_lays_out_the_steps_that_its_time_allows_and_resumes_them(
+    cell_data, small_raad, engine, tmp_path
+) -> None:
+    schedules: list[Schedule] = []
+    keep = LambdaCallback(on_train_batch_end=lambda _, model, *__: schedules.append(model.schedule))
+    model = small_raad(bits=8)
+    callbacks = [keep, SaveEvery(tmp_path / "steps", every_n_train_steps=1)]
+    engine(max_time="00:00:01:00", logger=False, callbacks=callbacks).fit(model, datamodule=cell_data())
+    first, second, *_ = dict.fromkeys(schedules)
+    assert first.total == 130_000
+    assert 9 <= second.train_steps < 200
+    assert list(model.record.stages) == ["trained", "quantized", "fine_tuned"]
+    assert model.trainer.global_step == model.schedule.total == sum(model.record.plan.steps)
+    assert model.post_processor.image_threshold.isfinite()
+
+    resumed, path = small_raad(bits=8), tmp_path / "steps" / f"{model.schedule.total - 1}.ckpt"
+    engine(max_time="00:00:01:00", logger=False).fit(resumed, datamodule=cell_data(), ckpt_path=path)
+    assert resumed.schedule == model.schedule
+    assert_equal_weights(resumed, model)
+
+
+@pytest.mark.usefixtures("three_seconds")
+def test_of_two_limits_the_shorter_one_counts(cell_data, small_raad, engine) -> None:
+    model = small_raad(bits=8)
+    engine(max_time="00:00:01:00", max_steps=12, logger=False).fit(model, datamodule=cell_data())
+    assert model.trainer.global_step == 12
+
+
+def test_too_little_time__error(cell_data, small_raad, engine) -> None:
+    with pytest.raises(ValueError, match=r"max_time leaves .* need .* at least"):
+        engine(max_time="00:00:00:01", logger=False).fit(small_raad(), datamodule=cell_data())
 
 
 def test_one_batch_goes_through_all_stages(cell_data, small_raad, engine) -> None:

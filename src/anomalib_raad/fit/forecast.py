@@ -44,6 +44,6 @@ class Forecast(Callback):
             hours, minutes = divmod(round(steps * seconds / 60), 60)
             logger.info(
                 "%d steps at %.2f s take about %d h %02d min on this machine (%s). "
-                "To shorten: --trainer.max_steps, --trainer.precision bf16-mixed.",
+                "To shorten: --trainer.max_time 00:00:15:00, --trainer.max_steps, --trainer.precision bf16-mixed.",
                 *(steps, seconds, hours, minutes, plan),
             )

@@ -110,6 +110,10 @@ class NormalImages:
         """Whether a training image is another each time, by the datamodule's random augmentations."""
         return self.datamodule.train_augmentations is not None
 
+    def use_at_most(self, held_out: int, calibration: int) -> None:
+        """Let fewer images be held out and calibrate; those that were held out beyond that do not train either."""
+        self.held_out, self.calibration = self.held_out[:held_out], self.calibration[:calibration]
+
     def plain(self, indices: Sequence[int]) -> Iterator[torch.Tensor]:
         """Yield images without augmentation, each of shape ``(1, 3, H, W)`` in [0, 1]."""
         for index in indices:

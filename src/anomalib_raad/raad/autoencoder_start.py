@@ -1,5 +1,7 @@
 """The autoencoder's first steps: it needs the most and is a twentieth of a joint step, so it takes some by itself."""
 
+import math
+import time
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -23,6 +25,7 @@ def train_autoencoder_(
     seed: int,
     steps: int,
     batch_size: int = 8,
+    seconds: float = math.inf,
 ) -> None:
     """Minimise L_tae alone for some steps, without augmentation, so that the teacher sees each image only once.
 
@@ -33,6 +36,7 @@ def train_autoencoder_(
         seed: Seed of batches and dropout.
         steps: Optimizer steps.
         batch_size: Images a step.
+        seconds: No step begins after so many seconds.
     """
     known = zip(tqdm(images, "The autoencoder's targets", leave=False), teacher_features, strict=True)
     targets = torch.cat([_autoencoder_target(model.normalized_teacher(*pair)) for pair in known])
@@ -42,7 +46,10 @@ def train_autoencoder_(
     model.ae.train()
     with torch.random.fork_rng(devices), torch.enable_grad():
         torch.manual_seed(seed)
+        end = time.monotonic() + seconds
         for _ in trange(steps, desc="Autoencoder's first steps", leave=False):
+            if time.monotonic() >= end:
+                break
             chosen = torch.randint(len(images), (batch_size,)).tolist()
             output = model.ae(torch.cat([images[i] for i in chosen]), targets.shape[-2:])
             loss = squared_difference(targets[chosen], output).mean()

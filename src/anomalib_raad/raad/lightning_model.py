@@ -1,8 +1,11 @@
 """RAAD as an anomalib model: the hooks that carry a fit through its three stages."""
 
 import logging
+import math
+import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, cast
@@ -34,6 +37,7 @@ from anomalib_raad.fit.forecast import Forecast
 from anomalib_raad.fit.images import NormalImages
 from anomalib_raad.fit.modes import evaluating, randomness
 from anomalib_raad.fit.prediction_guard import PredictionGuard
+from anomalib_raad.fit.time_budget import StepClock, TimeBudget
 from anomalib_raad.fit.trainer import datamodule_of, is_dev_run
 from anomalib_raad.post_processing import RaadPostProcessor, check_thresholds
 from anomalib_raad.pre_processing import RaadPreProcessor
@@ -50,8 +54,10 @@ from anomalib_raad.teacher.weights import load_teacher_
 
 from .autoencoder_start import AUTOENCODER_STEPS, train_autoencoder_
 from .losses import Losses
+from .plan import Plan, measure_pace, plan
 from .record import Record
 from .schedule import STAGE_CHECKPOINTS, LearningRates, Schedule, Stage
+from .student_head import SAMPLES
 from .torch_model import MAX_IMAGE_SIZE, MIN_IMAGE_SIZE, RaadModel
 
 logger = logging.getLogger(__name__)
@@ -188,6 +194,8 @@ class Raad(AnomalibModule):
         self.teacher_source, self.model_size, self.penalty_dir = teacher, model_size, penalty_dir
         self.record = Record()
         self._penalty: PenaltyImages | None = None
+        self._budget: TimeBudget | None = None
+        self._clock: StepClock | None = None
         self._teacher_features = FeatureCache(self.model.teacher)
         # Everything random in a run follows from this number; -1 until the run has begun.
         self.register_buffer("run_seed", torch.tensor(-1))
@@ -200,6 +208,7 @@ class Raad(AnomalibModule):
             self.trainer.strategy.checkpoint_io = AtomicCheckpointIO()
         if stage != "fit":
             return
+        self._budget = TimeBudget.taken_from(self.trainer)
         datamodule = datamodule_of(self.trainer)
         if datamodule is None:
             msg = "Raad splits its training images itself: pass a datamodule to fit, not dataloaders"
@@ -247,13 +256,23 @@ class Raad(AnomalibModule):
     def on_train_start(self) -> None:
         """Lay out the schedule and compute the teacher's channel statistics, once a run."""
         self.schedule = self._make_schedule()
+        self._longest = self.schedule.total
+        if self._budget and not self.record.plan:
+            self._once(self._plan)
+        if self.record.plan:
+            self._images.use_at_most(self.record.plan.held_out_images, self.record.plan.calibration_images)
         if not self.model.teacher_normalized:  # a fresh run, not a resumed one
             self._once(self._prepare_model)
+        # A resumed run keeps the steps of its plan.
+        lays_out = self._budget and not (self.record.plan and self.record.plan.steps)
+        self._clock = StepClock(self.global_step) if lays_out else None
         # The only use of validation is to set the thresholds of the finished model: it runs once, at the end.
         self._limit_val_batches, self.trainer.limit_val_batches = self.trainer.limit_val_batches, 0
 
     def _make_schedule(self) -> Schedule:
-        full = self.full_schedule
+        full, planned = self.full_schedule, self.record.plan
+        if self._budget and planned and planned.steps:
+            return Schedule(*planned.steps)
         total = int(min(self.trainer.estimated_stepping_batches, np.iinfo(np.int64).max))
         if self.record.reached(Stage.QUANTIZED):  # all that is left is fine-tuning, also with more steps than at first
             step = self.record.step(Stage.QUANTIZED)
@@ -264,13 +283,28 @@ class Raad(AnomalibModule):
             return Schedule(0, 1)  # one batch, and quantization before it
         return Schedule.scaled(full.train_steps, full.finetune_steps, total)
 
+    def _plan(self) -> None:
+        """Measure the pace and plan the work beside the steps."""
+        budget = cast("TimeBudget", self._budget)
+        with self._evaluating():
+            image = next(self._images.prepared(self._images.calibration[:1], "Measuring the pace"))
+            self._pace = measure_pace(self.model, image)
+        held_out, calibration = len(self._images.held_out), len(self._images.calibration)
+        usual = Plan(calibration, held_out, SAMPLES, self.reconstruction.iterations, budget.seconds)
+        self.record.plan = plan(budget.remaining, self._pace, usual, self._validation_images)
+
+    @property
+    def _validation_images(self) -> int:
+        return len(getattr(datamodule_of(self.trainer), "val_data", None) or ())
+
     def _prepare_model(self) -> None:
         self.record.seen = ranges(image[0] for image in self._images.plain(self._images.calibration))
         with self._evaluating():
             self._set_teacher_statistics()
             if self.closed_form:
                 steps = min(AUTOENCODER_STEPS, self.schedule.train_steps)
-                train_autoencoder_(self.model, *self._calibration(), int(self.run_seed), steps)
+                seconds = self.record.plan.autoencoder_seconds if self.record.plan else math.inf
+                train_autoencoder_(self.model, *self._calibration(), int(self.run_seed), steps, seconds=seconds)
 
     def _set_teacher_statistics(self) -> None:
         images, features = self._calibration()
@@ -295,6 +329,9 @@ class Raad(AnomalibModule):
             self.trainer.optimizers[0].state.clear()  # stage 3 starts with a fresh Adam
             self._end_stage(Stage.QUANTIZED, self.global_step)
             self._teacher_features.clear()  # its poolings read 8 bits here, floats while stage 3 trains
+            if self._clock and self._clock.found:
+                self._lay_out(self._clock.found)
+                self._clock = StepClock(self.global_step)
         self.model.student_head.restore_(self.model.student)
 
     def training_step(self, batch: ImageBatch, batch_idx: int) -> STEP_OUTPUT:
@@ -314,6 +351,29 @@ class Raad(AnomalibModule):
         self.log("train_loss", loss, prog_bar=True)
         self.log_dict({f"train_{name}": term for name, term in terms.items()})
         return loss
+
+    def on_train_batch_end(self, outputs: STEP_OUTPUT, batch: Batch, batch_idx: int) -> None:
+        """Lay out the steps that the time allows when their pace is known, in stage 1 and once more in stage 3."""
+        del outputs, batch, batch_idx
+        if self._clock and self._clock.tick(self.global_step):
+            self._lay_out(self._clock.found)
+
+    def _lay_out(self, step_seconds: float) -> None:
+        """Choose the schedule that fits the time that is left; all processes take the first one's."""
+        if self.trainer.is_global_zero:
+            budget, planned = cast("TimeBudget", self._budget), cast("Plan", self.record.plan)
+            work, last = planned.seconds(self._pace, self._validation_images)
+            if self.record.reached(Stage.QUANTIZED):
+                left = max(budget.remaining - max(last, self._end_seconds), 0.0)
+                done = self.global_step - self.schedule.train_steps
+                schedule = Schedule(self.schedule.train_steps, done + max(int(left / step_seconds), 1))
+            else:
+                schedule = planned.schedule(budget.remaining - work, step_seconds, self.global_step, self.full_schedule)
+            if schedule.total < self._longest:
+                self.schedule = schedule
+            self.record.plan = replace(planned, steps=(self.schedule.train_steps, self.schedule.finetune_steps))
+            logger.info("Raad: what the time allows: %s (%.2f s a step).", self.schedule, step_seconds)
+        self.schedule, self.record = self.trainer.strategy.broadcast((self.schedule, self.record))
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Stop before a gradient that is not finite can spoil the weights."""
@@ -363,13 +423,16 @@ class Raad(AnomalibModule):
     # -------------------------------------------------------------------------------------------- the ends of stages
 
     def _quantize(self) -> None:
+        reconstruction = self.reconstruction
+        if self.record.plan:
+            reconstruction = replace(reconstruction, iterations=self.record.plan.iterations)
         with self._evaluating():
             self.record.outcome = quantize_(
                 self.model,
                 self._images.prepared(self._images.held_out, "Hierarchical quantization scoring"),
                 self._images.prepared(self._images.calibration, "Quantizer calibration"),
                 self.allocation,
-                self.reconstruction,
+                reconstruction,
                 int(self.run_seed),
             )
             self._teacher_features.clear()
@@ -379,9 +442,11 @@ class Raad(AnomalibModule):
 
     def _end_stage(self, stage: Stage, step: int) -> None:
         """Solve the student's last layer, normalise the maps, note how they do on held-out normals, save the model."""
+        start = time.monotonic()
         if self.closed_form:
             self._once(self.solve_student)
         figures = self.look_at_held_out()
+        self._end_seconds = time.monotonic() - start
         self.record.stages[stage.value] = {
             "stage": stage.value,
             "step": step,
@@ -398,7 +463,8 @@ class Raad(AnomalibModule):
     def solve_student(self) -> None:
         """Solve the student's last layer for the features as they are now, during a fit."""
         with self._evaluating():
-            self.model.solve_student_(*self._calibration(), int(self.run_seed))
+            samples = self.record.plan.samples if self.record.plan else SAMPLES
+            self.model.solve_student_(*self._calibration(), int(self.run_seed), samples)
 
     def look_at_held_out(self) -> dict[str, float]:
         """Normalise the maps of the model as it is now on the held-out normal images, during a fit.

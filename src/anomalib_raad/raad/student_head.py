@@ -12,7 +12,8 @@ from anomalib_raad.quantization.layers import QuantConv2d, quantizable_layers
 from .networks import PatchDescriptionNetwork
 from .ridge import sample, solve_layer_
 
-_SAMPLES = 48_000  # positions in all; a last layer of PDN-S has 4,097 unknowns a channel
+SAMPLES = 48_000
+"""Positions that solve the layer; of PDN-S it has 4,097 unknowns a channel."""
 _EQUALIZED_IMAGES = 32  # whose largest values equalize the channels that enter the layer
 _LIVE = 1e-3  # a channel's largest value, as a share of the largest of all; those below stay as they are
 _GRID_STRIDE = 31  # every n-th position of what enters the layer serves the search of its grid
@@ -51,6 +52,7 @@ class StudentHead(nn.Module):
         images: Sequence[torch.Tensor],
         targets: Iterable[torch.Tensor],
         seed: int,
+        samples: int = SAMPLES,
     ) -> None:
         """Solve the student's last layer by ridge regression of its features onto what it is to say.
 
@@ -62,6 +64,7 @@ class StudentHead(nn.Module):
             images: Normal images, each of shape ``(1, 3, H, W)`` in [0, 1].
             targets: What the student is to say of each, ``(1, 2 C, h, w)``.
             seed: Seed of the positions that are sampled.
+            samples: Positions of all images together.
         """
         layer = student.head
         if not self.solved:
@@ -73,12 +76,12 @@ class StudentHead(nn.Module):
             self.input_scale.copy_(layer.input_quantizer.scale)
             self.input_zero_point.copy_(layer.input_quantizer.zero_point)
             self.equalization.copy_(equalize_head_input_(student, images[:_EQUALIZED_IMAGES]))
-        generator, samples = torch.Generator().manual_seed(seed), math.ceil(_SAMPLES / len(images))
+        generator, each = torch.Generator().manual_seed(seed), math.ceil(samples / len(images))
 
         def examples() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
             bar = tqdm(images, "Solving the student's last layer", leave=False)
             for image, target in zip(bar, targets, strict=True):
-                yield sample(layer, student.head_input(image), target, samples, generator)
+                yield sample(layer, student.head_input(image), target, each, generator)
 
         solve_layer_(layer, examples())
 

@@ -14,7 +14,7 @@ from anomalib_raad.teacher.statistics import channel_mean_std
 
 from .losses import Losses, augment, hard_feature_loss, squared_difference
 from .networks import Autoencoder, PatchDescriptionNetwork, channels_last
-from .student_head import StudentHead
+from .student_head import SAMPLES, StudentHead
 
 MIN_IMAGE_SIZE, MAX_IMAGE_SIZE = 64, 1024
 
@@ -218,6 +218,7 @@ class RaadModel(nn.Module):
         images: Sequence[torch.Tensor],
         teacher_features: Iterable[torch.Tensor],
         seed: int,
+        samples: int = SAMPLES,
     ) -> None:
         """Solve the student's last layer for teacher (first half) and autoencoder (second half), in place.
 
@@ -225,9 +226,10 @@ class RaadModel(nn.Module):
             images: Normal images, each of shape ``(1, 3, H, W)`` in [0, 1].
             teacher_features: The teacher's features of each.
             seed: Seed of the positions that are sampled.
+            samples: Positions of all images together.
         """
         pairs = zip(images, teacher_features, strict=True)
-        self.student_head.solve_(self.student, images, (self.student_target(*pair) for pair in pairs), seed)
+        self.student_head.solve_(self.student, images, (self.student_target(*pair) for pair in pairs), seed, samples)
 
 
 def _resize(cell_map: torch.Tensor, size: torch.Size) -> torch.Tensor:

@@ -87,14 +87,25 @@ def test_every_model_and_datamodule_of_a_comparison_can_be_built(path: Path, tmp
         assert datamodule.train_batch_size == 1
 
 
-def test_the_comparison_says_what_it_needs(tmp_path, monkeypatch, capsys) -> None:
+WEIGHTS = ["teacher of EfficientAd", "photos for the penalty of EfficientAd"]
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "expected"),
+    [
+        ("compare_quick", [], []),  # the README's, on a machine where nothing has been placed
+        ("compare_local", [], [f"data of {name}" for name in ("cookies", "hazelnut_toy", "dobot_cubes")]),
+        ("compare_paper", ["--download", "true"], []),
+    ],
+)
+def test_the_comparison_says_what_it_needs(tmp_path, monkeypatch, capsys, name: str, options, expected) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
-    path = CONFIGS[0].with_name("compare_quick.yaml")
-    monkeypatch.setattr("sys.argv", ["anomalib-raad", "compare", "--config", str(path), "--check", "true"])
-    with pytest.raises(SystemExit, match="1"):
+    path = CONFIGS[0].with_name(f"{name}.yaml")
+    monkeypatch.setattr("sys.argv", ["anomalib-raad", "compare", "--config", str(path), "--check", "true", *options])
+    with pytest.raises(SystemExit):
         main()
-    assert [line.split(":")[1].strip() for line in capsys.readouterr().err.splitlines() if "missing" in line] == [
-        "teacher of EfficientAd",
-        "photos for the penalty of EfficientAd",
-    ]
+    said = [line.split(":")[1].strip() for line in capsys.readouterr().err.splitlines() if "missing" in line]
+    if name == "compare_local":
+        expected = [*expected, *(f"{what}{more}" for more in ("", "-time") for what in WEIGHTS)]
+    assert [what for what in said if not what.startswith(("data of mvtec", "data of loco", "data of visa"))] == expected

@@ -1,4 +1,5 @@
 import json
+import re
 from pathlib import Path
 
 import pandas as pd
@@ -13,8 +14,15 @@ CELL = {
     "test_images": 2, "steps": 100, "fit_seconds": 60.0, "fit_cpu_seconds": 90.0, "step_seconds": 0.5,
     "latency_ms": 300.0, "bytes": 8_000_000, "average_bits": 32.0,
     "heatmaps": {"worst normal": "data:image/jpeg;base64,AA=="},
-    "images": [{"image": "good/0.png", "label": 0, "score": 0.2}, {"image": "bad/0.png", "label": 1, "score": 0.7}],
 }  # fmt: skip
+
+
+def images(auroc: float) -> list[dict]:
+    """A normal test image and two hundred anomalous ones, of which a share has a higher score."""
+    higher = round(200 * auroc)
+    scores = [0.7] * higher + [0.3] * (200 - higher)
+    anomalous = [{"image": f"bad/{number}.png", "label": 1, "score": score} for number, score in enumerate(scores)]
+    return [{"image": "good/0.png", "label": 0, "score": 0.5}, *anomalous]
 
 
 @pytest.fixture
@@ -26,7 +34,8 @@ def report(tmp_path):
         for data, model, values in rows:
             for seed, value in enumerate(values):
                 paths.append(tmp_path / f"{data}-{model}-{seed}.json")
-                cell = {"data": data, "model": model, "seed": seed, "image_AUROC": value} | CELL
+                cell = {"data": data, "model": model, "seed": seed, "image_AUROC": value, "images": images(value)}
+                cell |= CELL
                 paths[-1].write_text(json.dumps(cell))
         write_report(paths, tmp_path, apart)
         return (tmp_path / "comparison.md").read_text()
@@ -53,21 +62,32 @@ def test_a_difference_within_the_spread_is_no_win(report) -> None:
         apart=("c",),
     )
     pair = "Raad - EfficientAd"
-    assert line(text, "a", pair) == ["a", pair, "3", "2", "100", "+0.030, spread 0.040: no difference"]
-    assert line(text, "b", pair)[-1] == "-0.095, spread 0.010: worse"
-    assert line(text, "c", pair)[-1] == "+0.490, one seed"
-    # seeds 0 and 1 of a and b: 0.85 and 0.87 against 0.89 and 0.895
-    assert line(text, "mean", pair)[-1] == "-0.032 over 2 data sets, spread 0.020: worse"
-    assert line(text, "a", "Raad", "3")[-1] == "0.920 (0.900 to 0.940)"
-    assert line(text, "b", "Raad", "2")[-1] == "0.800"
+    assert line(text, "a", pair)[:5] == ["a", pair, "3", "2", "100"]
+    found = re.compile(r"([+-][.\d]+)( over 2 data sets)?, test images ([+-][.\d]+) to ([+-][.\d]+), (.*)")
+    rows = {name: found.fullmatch(line(text, name, pair)[-1]).groups() for name in ("a", "b", "c", "mean")}
+    assert {name: (row[0], row[4]) for name, row in rows.items()} == {
+        "a": ("+0.030", "spread 0.040: no difference"),
+        "b": ("-0.095", "spread 0.010: worse"),
+        "c": ("+0.490", "one seed"),
+        # seeds 0 and 1 of a and b: 0.85 and 0.87 against 0.89 and 0.895
+        "mean": ("-0.032", "spread 0.020: worse"),
+    }
+    assert all(float(low) < float(difference) < float(high) for difference, _, low, high, _ in rows.values())
+    assert line(text, "a", "Raad", "3")[-2] == "0.920 (0.900 to 0.940)"
+    assert line(text, "b", "Raad", "2")[-2] == "0.800"
+
+
+def test_a_difference_that_the_test_images_leave_open_is_no_win(report) -> None:
+    text = report([("a", "Raad", [0.91, 0.91]), ("a", "EfficientAd", [0.905, 0.905])])
+    assert line(text, "a", "Raad - EfficientAd")[-1].endswith(", spread 0.000: no difference")
 
 
 def test_published_rows_stand_beside_the_means_and_never_in_them(report, tmp_path) -> None:
     text = report([("mvtec-cable", "RAAD", [0.9]), ("cookies", "RAAD", [0.8])])
-    assert line(text, "mvtec-cable", "RAAD", "1")[-1] == "0.900"
-    assert line(text, "mvtec-cable", "RAAD, published")[2:] == ["published", "", "", "97.71 %"]
+    assert line(text, "mvtec-cable", "RAAD", "1")[-2] == "0.900"
+    assert line(text, "mvtec-cable", "RAAD, published")[2:] == ["published", "", "", "97.71 %", ""]
     assert not [row for row in text.splitlines() if row.startswith("| cookies") and "published" in row]
-    assert line(text, "mvtec", "RAAD, published")[-1] == "98.9 %"
+    assert line(text, "mvtec", "RAAD, published")[-2] == "98.9 %"
     assert pd.read_csv(tmp_path / "comparison.csv")["image_AUROC"].tolist() == [0.9, 0.8]
     page = (tmp_path / "comparison.html").read_text()
     assert "97.71 %" in page

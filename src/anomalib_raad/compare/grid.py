@@ -40,6 +40,7 @@ def compare(
     trainer: dict | None = None,
     results: Path = Path("results/comparison"),
     check: bool = False,
+    download: bool = False,
     ray: str | None = None,
 ) -> int:
     """Fit and test every cell that is not finished, then write the report.
@@ -53,6 +54,7 @@ def compare(
             default its fastest.
         results: Folder for the cells; receives ``comparison.html``, ``.md``, ``.csv`` and ``.png``.
         check: Only say what is missing on this machine.
+        download: Let anomalib download what its models need, instead of naming it as missing.
         ray: Address of a Ray cluster, on whose machines the cells run side by side, a GPU for each where there are any;
             ``local`` starts one. All machines need the data and the results folder at the same path.
 
@@ -64,7 +66,7 @@ def compare(
     left = [cell for cell, path in paths.items() if not path.exists() or "error" in json.loads(path.read_text())]
     missing = [
         *missing_data({cell.data: data[cell.data] for cell in left}),
-        *missing_weights({cell.model: models[cell.model] for cell in left}),
+        *([] if download else missing_weights({cell.model: models[cell.model] for cell in left})),
     ]
     for line in missing:
         Console(stderr=True).print(f"missing: {line}", soft_wrap=True)

@@ -14,6 +14,7 @@ from jinja2 import Template
 from rich.console import Console
 from torchmetrics.functional.classification import binary_roc
 
+from .bootstrap import interval, resampled_auroc
 from .tables import markdown, mean_and_range
 
 QUALITY = (
@@ -32,6 +33,7 @@ QUALITY = (
 )
 COST = ("fit_seconds", "fit_cpu_seconds", "step_seconds", "latency_ms", "megabytes", "average_bits")
 _COMPARED = ("image_AUROC", "pixel_AUPRO", "mean_AUsPRO")
+_INTERVAL = "image_AUROC on resampled test images, 95 %"
 _PUBLISHED = json.loads(Path(__file__).with_name("published_results.json").read_text())
 
 
@@ -82,13 +84,30 @@ def _tables(cells: list[dict[str, Any]], results: Path, first: str, apart: Seque
     axis.legend(loc="upper left", bbox_to_anchor=(1, 1))
     axis.figure.savefig(results / "comparison.png", dpi=120, bbox_inches="tight")
     plt.close(axis.figure)
+    resampled = _resampled(cells)
     detection = _summary(frame, QUALITY)
+    low_high = [
+        interval(resampled[data][model]) for data, model in zip(detection["data"], detection["model"], strict=True)
+    ]
+    detection[_INTERVAL] = [f"{low:.3f} to {high:.3f}" for low, high in low_high]
     published = pd.DataFrame([_published_row(row) for row in _published(list(frame["data"].unique()))])
     detection = pd.concat([detection, published.reindex(columns=detection.columns)]).fillna("")
     order = dict.fromkeys(detection["data"])
     detection = detection.sort_values("data", key=lambda names: names.map(list(order).index), kind="stable")
-    tables = {"Detection": detection, "Differences": _differences(frame, first, apart), "Cost": _summary(frame, COST)}
+    tables = {
+        "Detection": detection,
+        "Differences": _differences(frame, resampled, first, apart),
+        "Cost": _summary(frame, COST),
+    }
     return {name: table for name, table in tables.items() if not table.empty}
+
+
+def _resampled(cells: Sequence[dict[str, Any]]) -> dict[str, dict[str, np.ndarray]]:
+    """For every data set and model image AUROC on resampled test images, the same for all models of a data set."""
+    groups: dict[str, dict[str, list[dict[str, Any]]]] = {}
+    for cell in cells:
+        groups.setdefault(cell["data"], {}).setdefault(cell["model"], []).append(cell)
+    return {data: resampled_auroc(models) for data, models in groups.items()}
 
 
 def _summary(frame: pd.DataFrame, names: Sequence[str]) -> pd.DataFrame:
@@ -107,7 +126,12 @@ def _extent(group: pd.DataFrame) -> dict[str, str]:
     return {"seeds": str(group["seed"].nunique())} | counts
 
 
-def _differences(frame: pd.DataFrame, first: str, apart: Sequence[str]) -> pd.DataFrame:
+def _differences(
+    frame: pd.DataFrame,
+    resampled: dict[str, dict[str, np.ndarray]],
+    first: str,
+    apart: Sequence[str],
+) -> pd.DataFrame:
     """The first model minus each of the others, for every data set and for the mean over those not apart."""
     counted = [name for name in frame["data"].unique() if name not in apart]
     groups = {name: frame[frame["data"] == name] for name in frame["data"].unique()}
@@ -120,13 +144,25 @@ def _differences(frame: pd.DataFrame, first: str, apart: Sequence[str]) -> pd.Da
             pair = pair.groupby(["data", "seed"]).filter(lambda both: len(both) == 2)
             if not pair.empty:
                 row = {"data": name, "difference": f"{first} - {other}"} | _extent(pair)
+                moved = np.mean([resampled[d][first] - resampled[d][other] for d in pair["data"].unique()], axis=0)
                 metrics = [metric for metric in _COMPARED if metric in pair]
-                rows.append(row | {metric: _difference(pair, metric, first, other) for metric in metrics})
+                extents = {"image_AUROC": interval(moved)}
+                rows.append(row | {m: _difference(pair, m, first, other, extents.get(m)) for m in metrics})
     return pd.DataFrame(rows)
 
 
-def _difference(pair: pd.DataFrame, metric: str, first: str, other: str) -> str:
-    """Mean difference of two models over the seeds both have, held against how far either moves with the seed."""
+def _difference(
+    pair: pd.DataFrame,
+    metric: str,
+    first: str,
+    other: str,
+    extent: tuple[float, float] | None,
+) -> str:
+    """Mean difference of two models over the seeds both have.
+
+    It is held against how far either moves with the seed, and against the interval, where there is one, in which it
+    lies on resampled test images.
+    """
     values = pair.pivot_table(index=["data", "seed"], columns="model", values=metric, dropna=False).dropna()
     seeds = values.groupby("seed")
     means = seeds.mean()[seeds.size() == seeds.size().max()]  # a seed that lacks a data set has another mean
@@ -135,10 +171,13 @@ def _difference(pair: pd.DataFrame, metric: str, first: str, other: str) -> str:
     difference = float((means[first] - means[other]).mean())
     data_sets = seeds.size().max()
     text = f"{difference:+.3f}" + (f" over {data_sets} data sets" if data_sets > 1 else "")
+    if extent:
+        text += f", test images {extent[0]:+.3f} to {extent[1]:+.3f}"
     if len(means) == 1:
         return f"{text}, one seed"
     spread = float((means.max() - means.min()).max())
-    verdict = "no difference" if abs(difference) <= spread else "better" if difference > 0 else "worse"
+    open_ = abs(difference) <= spread or (extent is not None and extent[0] <= 0 <= extent[1])
+    verdict = "no difference" if open_ else "better" if difference > 0 else "worse"
     return f"{text}, spread {spread:.3f}: {verdict}"
 
 

@@ -77,6 +77,12 @@ def test_a_difference_within_the_spread_is_no_win(report) -> None:
     assert line(text, "b", "Raad", "2")[-2] == "0.800"
 
 
+def test_the_interval_is_of_the_seeds_that_both_have(report) -> None:
+    text = report([("a", "Raad", [0.9, 0.2, 0.2]), ("a", "EfficientAd", [0.8])])
+    difference, low, high = map(float, re.findall(r"[+-]0\.\d+", line(text, "a", "Raad - EfficientAd")[-1]))
+    assert 0 < low < difference < high
+
+
 def test_a_difference_that_the_test_images_leave_open_is_no_win(report) -> None:
     text = report([("a", "Raad", [0.91, 0.91]), ("a", "EfficientAd", [0.905, 0.905])])
     assert line(text, "a", "Raad - EfficientAd")[-1].endswith(", spread 0.000: no difference")

@@ -439,15 +439,15 @@ def test_fit_again_begins_a_run_of_its_own(uninterrupted, cell_data, engine) -> 
     assert model.post_processor.image_threshold.isfinite()
 
 
-@pytest.fixture
-def three_seconds(monkeypatch) -> None:
+@pytest.fixture(params=[3.0])
+def time_left(request, monkeypatch) -> None:
     """Time that never passes, and work beside the steps that takes none."""
-    monkeypatch.setattr(TimeBudget, "remaining", property(lambda _: 3.0))
-    monkeypatch.setattr("anomalib_raad.raad.lightning_model.measure_pace", lambda *_: Pace(0, 0, 0))
+    monkeypatch.setattr(TimeBudget, "remaining", property(lambda _: request.param))
+    monkeypatch.setattr("anomalib_raad.raad.lightning_model.measure_pace", lambda *_, **__: Pace(0, 0, 0))
     monkeypatch.setattr("anomalib_raad.raad.plan._FIXED", 0.0)
 
 
-@pytest.mark.usefixtures("three_seconds")
+@pytest.mark.usefixtures("time_left")
 def test_a_fit_lays_out_the_steps_that_its_time_allows_and_resumes_them(
     cell_data, small_raad, engine, tmp_path
 ) -> None:
@@ -463,13 +463,48 @@ def test_a_fit_lays_out_the_steps_that_its_time_allows_and_resumes_them(
     assert model.trainer.global_step == model.schedule.total == sum(model.record.plan.steps)
     assert model.post_processor.image_threshold.isfinite()
 
+    early = small_raad(bits=8)  # resumed before there was a plan for the steps
+    engine(max_time="00:00:01:00", logger=False).fit(
+        early, datamodule=cell_data(), ckpt_path=tmp_path / "steps" / "3.ckpt"
+    )
+    assert early.trainer.global_step == sum(early.record.plan.steps)
+    assert list(early.record.stages) == ["trained", "quantized", "fine_tuned"]
+
     resumed, path = small_raad(bits=8), tmp_path / "steps" / f"{model.schedule.total - 1}.ckpt"
     engine(max_time="00:00:01:00", logger=False).fit(resumed, datamodule=cell_data(), ckpt_path=path)
     assert resumed.schedule == model.schedule
     assert_equal_weights(resumed, model)
 
+    longer, path = small_raad(bits=8), tmp_path / "steps" / f"{model.schedule.total}.ckpt"  # finished, and given more
+    engine(max_time="00:00:01:00", logger=False).fit(longer, datamodule=cell_data(), ckpt_path=path)
+    assert longer.trainer.global_step == longer.schedule.total > model.schedule.total
+    assert longer.post_processor.image_threshold.isfinite()
 
-@pytest.mark.usefixtures("three_seconds")
+
+def test_a_run_without_limits_keeps_its_length_when_it_is_resumed(uninterrupted, cell_data, small_raad, engine) -> None:
+    folder, _ = uninterrupted
+    resumed = small_raad(**OPTIONS, train_steps=5, finetune_steps=4)
+    engine(logger=False).fit(resumed, datamodule=cell_data(), ckpt_path=folder / "steps" / "7.ckpt")
+    assert (resumed.schedule.train_steps, resumed.schedule.total) == (5, STEPS)
+
+
+def test_a_finished_run_without_limits__error(uninterrupted, cell_data, small_raad, engine) -> None:
+    folder, _ = uninterrupted
+    resumed = small_raad(**OPTIONS, train_steps=5, finetune_steps=4)
+    with pytest.raises(ValueError, match="the run is finished after 9 steps"):
+        engine(logger=False).fit(resumed, datamodule=cell_data(), ckpt_path=folder / "steps" / f"{STEPS}.ckpt")
+
+
+def test_an_engine_whose_limits_are_used_up__error(cell_data, small_raad, engine) -> None:
+    model, runner = small_raad(bits=8), engine(max_steps=2, logger=False)
+    runner.fit(model, datamodule=cell_data())
+    with pytest.raises(ValueError, match="this engine has fitted a model already"):
+        runner.fit(model, datamodule=cell_data())
+    assert model.model.quantized
+
+
+@pytest.mark.usefixtures("time_left")
+@pytest.mark.parametrize("time_left", [1000.0], indirect=True)
 def test_of_two_limits_the_shorter_one_counts(cell_data, small_raad, engine) -> None:
     model = small_raad(bits=8)
     engine(max_time="00:00:01:00", max_steps=12, logger=False).fit(model, datamodule=cell_data())

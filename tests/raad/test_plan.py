@@ -47,8 +47,12 @@ def test_plain_values_and_back() -> None:
 def test_the_pace_of_each_kind_of_work(untrained) -> None:
     model, images = untrained
     weight = model.student.head.weight.clone()
-    pace = measure_pace(model, images[0])
+    pace = measure_pace(model, images[0], solves=True)
     assert pace.image > 0
     assert pace.position >= 0
     assert pace.solution >= 0
     assert torch.equal(model.student.head.weight, weight)
+    plain = measure_pace(model, images[0], solves=False)
+    assert plain.image > 0
+    assert plain.position == plain.solution == 0
+    assert plan(60, plain, USUAL, validation_images=5).autoencoder_seconds == 0

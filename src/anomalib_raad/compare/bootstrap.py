@@ -13,7 +13,7 @@ _INSIDE = (2.5, 97.5)  # per cent: the interval holds 95 % of the resamples
 def resampled_auroc(
     cells: Mapping[str, Sequence[Mapping[str, Any]]], resamples: int = RESAMPLES
 ) -> dict[str, np.ndarray]:
-    """Image AUROC of several models on the same resampled test images, each the mean over the model's cells.
+    """Image AUROC of several models on the same resampled test images.
 
     Normal and anomalous images are resampled apart, so that there are always as many of either as in the data set.
 
@@ -22,7 +22,7 @@ def resampled_auroc(
         resamples: Number of resamples.
 
     Returns:
-        For each model ``(resamples,)`` values.
+        For each model ``(resamples, cells)`` values.
     """
     first = next(iter(cells.values()))[0]["images"]
     labels = np.array([image["label"] for image in first], dtype=bool)
@@ -34,7 +34,7 @@ def resampled_auroc(
         normal, anomalous = (generator.choice(part, len(part)) for part in parts)
         row[:] = [_auroc(values[normal], values[anomalous]) for values in scores]
     models = np.array([model for model, group in cells.items() for _ in group])
-    return {model: found[:, models == model].mean(axis=1) for model in cells}
+    return {model: found[:, models == model] for model in cells}
 
 
 def _auroc(normal: np.ndarray, anomalous: np.ndarray) -> float:

@@ -54,7 +54,7 @@ def compare(
             default its fastest.
         results: Folder for the cells; receives ``comparison.html``, ``.md``, ``.csv`` and ``.png``.
         check: Only say what is missing on this machine.
-        download: Let anomalib download what its models need, instead of naming it as missing.
+        download: Let anomalib download what EfficientAd needs, instead of naming it as missing.
         ray: Address of a Ray cluster, on whose machines the cells run side by side, a GPU for each where there are any;
             ``local`` starts one. All machines need the data and the results folder at the same path.
 

@@ -87,7 +87,8 @@ def _tables(cells: list[dict[str, Any]], results: Path, first: str, apart: Seque
     resampled = _resampled(cells)
     detection = _summary(frame, QUALITY)
     low_high = [
-        interval(resampled[data][model]) for data, model in zip(detection["data"], detection["model"], strict=True)
+        interval(resampled[data][model].mean(axis=1))
+        for data, model in zip(detection["data"], detection["model"], strict=True)
     ]
     detection[_INTERVAL] = [f"{low:.3f} to {high:.3f}" for low, high in low_high]
     published = pd.DataFrame([_published_row(row) for row in _published(list(frame["data"].unique()))])
@@ -144,11 +145,31 @@ def _differences(
             pair = pair.groupby(["data", "seed"]).filter(lambda both: len(both) == 2)
             if not pair.empty:
                 row = {"data": name, "difference": f"{first} - {other}"} | _extent(pair)
-                moved = np.mean([resampled[d][first] - resampled[d][other] for d in pair["data"].unique()], axis=0)
+                moved = _moved(pair, frame, resampled, first, other)
                 metrics = [metric for metric in _COMPARED if metric in pair]
                 extents = {"image_AUROC": interval(moved)}
                 rows.append(row | {m: _difference(pair, m, first, other, extents.get(m)) for m in metrics})
     return pd.DataFrame(rows)
+
+
+def _moved(
+    pair: pd.DataFrame,
+    frame: pd.DataFrame,
+    resampled: dict[str, dict[str, np.ndarray]],
+    first: str,
+    other: str,
+) -> np.ndarray:
+    """The difference of two models on resampled test images, over the seeds that both have on every data set."""
+    names = pair["data"].unique()
+    seeds = pair.groupby("seed")["data"].nunique()
+    seeds = seeds.index[seeds == seeds.max()]
+
+    def mean(data: str, model: str) -> np.ndarray:
+        own = frame[(frame["data"] == data) & (frame["model"] == model)]["seed"].isin(seeds).to_numpy()
+        return resampled[data][model][:, own].mean(axis=1)
+
+    common = [data for data in names if set(seeds) <= set(pair[pair["data"] == data]["seed"])]
+    return np.mean([mean(data, first) - mean(data, other) for data in common], axis=0)
 
 
 def _difference(

@@ -14,13 +14,14 @@ def missing_data(data: Mapping[str, dict[str, Any]]) -> list[str]:
 
 
 def missing_weights(models: Mapping[str, dict[str, Any]]) -> list[str]:
-    """EfficientAd would download its teacher and ImageNet images; PatchCore's backbone comes from a hub."""
+    """What EfficientAd would download: its teacher and ImageNet images."""
     missing = []
     for name, options in models.items():
         arguments = options.get("init_args", {})
         if options["class_path"].rpartition(".")[2] != "EfficientAd":
             continue
-        teacher = get_pretrained_weights_dir() / "efficientad_pretrained_weights" / "pretrained_teacher_small.pth"
+        size = arguments.get("model_size", "small")
+        teacher = get_pretrained_weights_dir() / "efficientad_pretrained_weights" / f"pretrained_teacher_{size}.pth"
         if not teacher.exists():
             missing.append(f"teacher of {name}: no file {teacher}, see docs/howto.md")
         photos = Path(arguments.get("imagenet_dir", "./datasets/imagenette"))

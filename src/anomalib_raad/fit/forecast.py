@@ -22,24 +22,27 @@ class Forecast(Callback):
     """Tells once how long the run of a model with a ``schedule`` will take.
 
     Args:
-        first: Batch from which the pace is taken; those before it warm up.
-        last: Batch at which the pace is known.
+        first: Optimizer step of this process from which the pace is taken; those before it warm up.
+        last: Step at which the pace is known.
     """
 
     def __init__(self, first: int = 5, last: int = 25) -> None:
         self.first = first
         self.last = last
-        self._batches = 0
+        self._begun: int | None = None
         self._start = 0.0
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        """Count the batches of this process."""
-        self._batches += 1
-        if self._batches == self.first:
+        """Count the steps of this process."""
+        if self._begun is None:
+            self._begun = trainer.global_step - 1
+        steps = trainer.global_step - self._begun
+        if steps == self.first and not self._start:
             self._start = time.monotonic()
-        elif self._batches == self.last:
+        elif steps == self.last and self._start:
             plan = cast("Plan", pl_module.schedule)
             seconds = (time.monotonic() - self._start) / (self.last - self.first)
+            self._start = 0.0
             steps = plan.total - trainer.global_step
             hours, minutes = divmod(round(steps * seconds / 60), 60)
             logger.info(

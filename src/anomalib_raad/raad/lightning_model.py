@@ -196,6 +196,7 @@ class Raad(AnomalibModule):
         self._penalty: PenaltyImages | None = None
         self._budget: TimeBudget | None = None
         self._clock: StepClock | None = None
+        self._end_seconds = 0.0
         self._teacher_features = FeatureCache(self.model.teacher)
         # Everything random in a run follows from this number; -1 until the run has begun.
         self.register_buffer("run_seed", torch.tensor(-1))
@@ -214,6 +215,9 @@ class Raad(AnomalibModule):
             msg = "Raad splits its training images itself: pass a datamodule to fit, not dataloaders"
             raise ValueError(msg)
         if self.run_seed >= 0 and self.trainer.ckpt_path is None:
+            if self.trainer.global_step:
+                msg = "this engine has fitted a model already and its limits are used up; fit again with a new Engine"
+                raise ValueError(msg)
             self._begin_anew()
         warn_of_slow_precision(self.trainer)
         check_monitors(self.trainer)
@@ -255,30 +259,36 @@ class Raad(AnomalibModule):
 
     def on_train_start(self) -> None:
         """Lay out the schedule and compute the teacher's channel statistics, once a run."""
+        planned = self.record.plan
+        if self._budget and planned and planned.steps and self.global_step >= sum(planned.steps):
+            self.record.plan = None  # a finished run is given more time, which goes to fine-tuning
         self.schedule = self._make_schedule()
         self._longest = self.schedule.total
-        if self._budget and not self.record.plan:
+        lays_out = self._budget and not (self.record.plan and self.record.plan.steps)  # a resumed run keeps its plan
+        self._clock = StepClock(self.global_step) if lays_out else None
+        if lays_out:
             self._once(self._plan)
         if self.record.plan:
             self._images.use_at_most(self.record.plan.held_out_images, self.record.plan.calibration_images)
         if not self.model.teacher_normalized:  # a fresh run, not a resumed one
             self._once(self._prepare_model)
-        # A resumed run keeps the steps of its plan.
-        lays_out = self._budget and not (self.record.plan and self.record.plan.steps)
-        self._clock = StepClock(self.global_step) if lays_out else None
         # The only use of validation is to set the thresholds of the finished model: it runs once, at the end.
         self._limit_val_batches, self.trainer.limit_val_batches = self.trainer.limit_val_batches, 0
 
     def _make_schedule(self) -> Schedule:
         full, planned = self.full_schedule, self.record.plan
-        if self._budget and planned and planned.steps:
+        unlimited = self.trainer.max_steps == -1 and self.trainer.max_epochs in _UNLIMITED_EPOCHS
+        if planned and planned.steps and (self._budget or unlimited):
             return Schedule(*planned.steps)
         total = int(min(self.trainer.estimated_stepping_batches, np.iinfo(np.int64).max))
+        if unlimited:
+            total = min(total, full.total)
         if self.record.reached(Stage.QUANTIZED):  # all that is left is fine-tuning, also with more steps than at first
             step = self.record.step(Stage.QUANTIZED)
+            if unlimited and self.global_step >= total:
+                msg = f"the run is finished after {total} steps; to train it on give it more max_steps, or max_time"
+                raise ValueError(msg)
             return Schedule(step, total - step)
-        if self.trainer.max_steps == -1 and self.trainer.max_epochs in _UNLIMITED_EPOCHS:
-            total = min(total, full.total)
         if is_dev_run(self.trainer) and total == 1:
             return Schedule(0, 1)  # one batch, and quantization before it
         return Schedule.scaled(full.train_steps, full.finetune_steps, total)
@@ -288,7 +298,7 @@ class Raad(AnomalibModule):
         budget = cast("TimeBudget", self._budget)
         with self._evaluating():
             image = next(self._images.prepared(self._images.calibration[:1], "Measuring the pace"))
-            self._pace = measure_pace(self.model, image)
+            self._pace = measure_pace(self.model, image, solves=self.closed_form)
         held_out, calibration = len(self._images.held_out), len(self._images.calibration)
         usual = Plan(calibration, held_out, SAMPLES, self.reconstruction.iterations, budget.seconds)
         self.record.plan = plan(budget.remaining, self._pace, usual, self._validation_images)
@@ -329,8 +339,9 @@ class Raad(AnomalibModule):
             self.trainer.optimizers[0].state.clear()  # stage 3 starts with a fresh Adam
             self._end_stage(Stage.QUANTIZED, self.global_step)
             self._teacher_features.clear()  # its poolings read 8 bits here, floats while stage 3 trains
-            if self._clock and self._clock.found:
-                self._lay_out(self._clock.found)
+            if self._clock:
+                if self._clock.found:
+                    self._lay_out(self._clock.found)
                 self._clock = StepClock(self.global_step)
         self.model.student_head.restore_(self.model.student)
 

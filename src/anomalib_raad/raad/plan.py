@@ -5,6 +5,7 @@ the work shrinks; what is left belongs to the steps.
 """
 
 import time
+from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -41,21 +42,34 @@ class Pace:
 
 
 @torch.no_grad()
-def measure_pace(model: RaadModel, image: torch.Tensor) -> Pace:
-    """Try each kind of work once, on an image ``(1, 3, H, W)``, with the model in evaluation mode."""
-    model.maps(image)
-    start = time.monotonic()
-    model.maps(image)
-    seconds = time.monotonic() - start
+def measure_pace(model: RaadModel, image: torch.Tensor, solves: bool) -> Pace:
+    """Try each kind of work, first once to warm up.
+
+    Args:
+        model: The model in evaluation mode.
+        image: An image ``(1, 3, H, W)``.
+        solves: Whether the run solves the student's last layer; otherwise that takes no time.
+    """
+    _seconds(model.maps, image)
+    seconds = _seconds(model.maps, image)
+    if not solves:
+        return Pace(seconds, 0.0, 0.0)
     layer, trials = deepcopy(model.student.head), []
-    for rows in _TRIAL_ROWS:
+    for rows in (_TRIAL_ROWS[0], *_TRIAL_ROWS):
         example = torch.rand(rows, layer.weight[0].numel()).to(image), torch.rand(rows, layer.out_channels).to(image)
-        start = time.monotonic()
-        solve_layer_(layer, [example])
-        trials.append(time.monotonic() - start)
-    few, many = _TRIAL_ROWS
-    position = max(trials[1] - trials[0], 0.0) / (many - few)
-    return Pace(seconds, position, max(trials[0] - few * position, 0.0))
+        trials.append(_seconds(solve_layer_, layer, [example]))
+    _, few, many = trials
+    position = max(many - few, 0.0) / (_TRIAL_ROWS[1] - _TRIAL_ROWS[0])
+    return Pace(seconds, position, max(few - _TRIAL_ROWS[0] * position, 0.0))
+
+
+def _seconds(function: Callable[..., object], *arguments: Any) -> float:
+    synchronize = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
+    synchronize()
+    start = time.monotonic()
+    function(*arguments)
+    synchronize()
+    return time.monotonic() - start
 
 
 @dataclass(frozen=True)
@@ -112,20 +126,21 @@ def plan(seconds: float, pace: Pace, usual: Plan, validation_images: int) -> Pla
         fits = int(share * seconds / max(each, 1e-9))
         return min(getattr(usual, name), max(getattr(_LEAST, name), fits))
 
+    autoencoder = _AUTOENCODER * seconds if pace.solution else 0.0  # which both belong to the closed form
     planned = Plan(
         calibration_images=at_most("calibration_images", _IMAGES, _PASSES * pace.image),
         held_out_images=at_most("held_out_images", _HELD_OUT, _HELD_OUT_PASSES * pace.image * _QUANTIZED),
         samples=at_most("samples", _SOLUTIONS, _SOLUTIONS_A_RUN * pace.position),
         iterations=at_most("iterations", _RECONSTRUCTION, 2 * pace.image * _ITERATION * _STEP),
-        autoencoder_seconds=_AUTOENCODER * seconds,
+        autoencoder_seconds=autoencoder,
     )
     work = planned.seconds(pace, validation_images)[0] + 2 * planned.calibration_images * pace.image
     steps = _LEAST_STEPS * pace.image * _STEP
-    if work + planned.autoencoder_seconds + steps > seconds:
+    if work + autoencoder + steps > seconds:
         needed = (_LEAST.seconds(pace, validation_images)[0] + steps) / (1 - _AUTOENCODER)
         if needed > seconds:
             msg = f"max_time leaves {seconds:.0f} s; on this machine these images need {needed:.0f} s at least: "
             msg += "raise max_time, or choose smaller images"
             raise ValueError(msg)
-        planned = replace(_LEAST, autoencoder_seconds=_AUTOENCODER * seconds)
+        planned = replace(_LEAST, autoencoder_seconds=autoencoder)
     return planned

@@ -17,6 +17,7 @@ from .networks import Autoencoder, PatchDescriptionNetwork, channels_last
 from .student_head import SAMPLES, StudentHead
 
 MIN_IMAGE_SIZE, MAX_IMAGE_SIZE = 64, 1024
+_PLAIN_MAPS = [[0.0, 0.1], [0.0, 0.1]]  # quantiles that leave the maps as they are
 
 
 class RaadModel(nn.Module):
@@ -62,8 +63,8 @@ class RaadModel(nn.Module):
         # Channel statistics of the teacher on normal images, mu and sigma.
         self.register_buffer("teacher_mean", torch.zeros(1, out_channels, 1, 1))
         self.register_buffer("teacher_std", torch.ones(1, out_channels, 1, 1))
-        # Rows: student-teacher map, student-autoencoder map; columns: q_a and q_b. (0, 0.1) leaves a map as it is.
-        self.register_buffer("map_quantiles", torch.tensor([[0.0, 0.1], [0.0, 0.1]]))
+        # Rows: student-teacher map, student-autoencoder map; columns: q_a and q_b.
+        self.register_buffer("map_quantiles", torch.tensor(_PLAIN_MAPS))
         self.register_buffer("teacher_loaded", torch.zeros((), dtype=torch.bool))
         self.register_buffer("teacher_normalized", torch.zeros((), dtype=torch.bool))
         self.train()
@@ -190,6 +191,7 @@ class RaadModel(nn.Module):
         self.teacher_std.copy_(std)
         self.teacher_normalized.fill_(value=True)
 
+    @torch.no_grad()
     def begin_anew_(self) -> None:
         """Go back before stage 1 with the weights of student and autoencoder: a run on other data begins with them.
 
@@ -199,6 +201,7 @@ class RaadModel(nn.Module):
         dequantize_(self)
         self.teacher_loaded.fill_(value=False)
         self.teacher_normalized.fill_(value=False)
+        self.map_quantiles.copy_(torch.tensor(_PLAIN_MAPS))
 
     @torch.no_grad()
     def set_map_quantiles_(self, maps: Sequence[torch.Tensor]) -> None:

@@ -54,7 +54,7 @@ from anomalib_raad.teacher.weights import load_teacher_
 
 from .autoencoder_start import AUTOENCODER_STEPS, train_autoencoder_
 from .losses import Losses
-from .plan import Plan, measure_pace, plan
+from .plan import Pacer, Plan, measure_pace, plan
 from .record import Record
 from .schedule import STAGE_CHECKPOINTS, LearningRates, Schedule, Stage
 from .student_head import SAMPLES
@@ -195,8 +195,7 @@ class Raad(AnomalibModule):
         self.record = Record()
         self._penalty: PenaltyImages | None = None
         self._budget: TimeBudget | None = None
-        self._clock: StepClock | None = None
-        self._end_seconds = 0.0
+        self._pacer: Pacer | None = None
         self._teacher_features = FeatureCache(self.model.teacher)
         # Everything random in a run follows from this number; -1 until the run has begun.
         self.register_buffer("run_seed", torch.tensor(-1))
@@ -263,11 +262,9 @@ class Raad(AnomalibModule):
         if self._budget and planned and planned.steps and self.global_step >= sum(planned.steps):
             self.record.plan = None  # a finished run is given more time, which goes to fine-tuning
         self.schedule = self._make_schedule()
-        self._longest = self.schedule.total
-        lays_out = self._budget and not (self.record.plan and self.record.plan.steps)  # a resumed run keeps its plan
-        self._clock = StepClock(self.global_step) if lays_out else None
-        if lays_out:
-            self._once(self._plan)
+        self._pacer = None
+        if self._budget and not (self.record.plan and self.record.plan.steps):  # a resumed run keeps its plan
+            self._plan(self._budget)
         if self.record.plan:
             self._images.use_at_most(self.record.plan.held_out_images, self.record.plan.calibration_images)
         if not self.model.teacher_normalized:  # a fresh run, not a resumed one
@@ -293,19 +290,16 @@ class Raad(AnomalibModule):
             return Schedule(0, 1)  # one batch, and quantization before it
         return Schedule.scaled(full.train_steps, full.finetune_steps, total)
 
-    def _plan(self) -> None:
-        """Measure the pace and plan the work beside the steps."""
-        budget = cast("TimeBudget", self._budget)
+    def _plan(self, budget: TimeBudget) -> None:
+        """Measure the pace and plan the work beside the steps; all processes take the first one's plan."""
         with self._evaluating():
             image = next(self._images.prepared(self._images.calibration[:1], "Measuring the pace"))
-            self._pace = measure_pace(self.model, image, solves=self.closed_form)
+            pace = measure_pace(self.model, image, solves=self.closed_form)
+        validation_images = len(getattr(datamodule_of(self.trainer), "val_data", None) or ())
+        self._pacer = Pacer(budget, pace, validation_images, self.full_schedule, self.schedule.total, self.global_step)
         held_out, calibration = len(self._images.held_out), len(self._images.calibration)
         usual = Plan(calibration, held_out, SAMPLES, self.reconstruction.iterations, budget.seconds)
-        self.record.plan = plan(budget.remaining, self._pace, usual, self._validation_images)
-
-    @property
-    def _validation_images(self) -> int:
-        return len(getattr(datamodule_of(self.trainer), "val_data", None) or ())
+        self.record.plan = self.trainer.strategy.broadcast(plan(budget.remaining, pace, usual, validation_images))
 
     def _prepare_model(self) -> None:
         self.record.seen = ranges(image[0] for image in self._images.plain(self._images.calibration))
@@ -339,10 +333,10 @@ class Raad(AnomalibModule):
             self.trainer.optimizers[0].state.clear()  # stage 3 starts with a fresh Adam
             self._end_stage(Stage.QUANTIZED, self.global_step)
             self._teacher_features.clear()  # its poolings read 8 bits here, floats while stage 3 trains
-            if self._clock:
-                if self._clock.found:
-                    self._lay_out(self._clock.found)
-                self._clock = StepClock(self.global_step)
+            if self._pacer:
+                if self._pacer.clock.found:
+                    self._lay_out()
+                self._pacer.clock = StepClock(self.global_step)
         self.model.student_head.restore_(self.model.student)
 
     def training_step(self, batch: ImageBatch, batch_idx: int) -> STEP_OUTPUT:
@@ -366,25 +360,16 @@ class Raad(AnomalibModule):
     def on_train_batch_end(self, outputs: STEP_OUTPUT, batch: Batch, batch_idx: int) -> None:
         """Lay out the steps that the time allows when their pace is known, in stage 1 and once more in stage 3."""
         del outputs, batch, batch_idx
-        if self._clock and self._clock.tick(self.global_step):
-            self._lay_out(self._clock.found)
+        if self._pacer and self._pacer.clock.tick(self.global_step):
+            self._lay_out()
 
-    def _lay_out(self, step_seconds: float) -> None:
+    def _lay_out(self) -> None:
         """Choose the schedule that fits the time that is left; all processes take the first one's."""
-        if self.trainer.is_global_zero:
-            budget, planned = cast("TimeBudget", self._budget), cast("Plan", self.record.plan)
-            work, last = planned.seconds(self._pace, self._validation_images)
-            if self.record.reached(Stage.QUANTIZED):
-                left = max(budget.remaining - max(last, self._end_seconds), 0.0)
-                done = self.global_step - self.schedule.train_steps
-                schedule = Schedule(self.schedule.train_steps, done + max(int(left / step_seconds), 1))
-            else:
-                schedule = planned.schedule(budget.remaining - work, step_seconds, self.global_step, self.full_schedule)
-            if schedule.total < self._longest:
-                self.schedule = schedule
-            self.record.plan = replace(planned, steps=(self.schedule.train_steps, self.schedule.finetune_steps))
-            logger.info("Raad: what the time allows: %s (%.2f s a step).", self.schedule, step_seconds)
-        self.schedule, self.record = self.trainer.strategy.broadcast((self.schedule, self.record))
+        pacer, planned = cast("Pacer", self._pacer), cast("Plan", self.record.plan)
+        schedule = pacer.schedule(planned, self.schedule, self.global_step, self.record.reached(Stage.QUANTIZED))
+        self.schedule = self.trainer.strategy.broadcast(schedule)
+        self.record.plan = replace(planned, steps=(self.schedule.train_steps, self.schedule.finetune_steps))
+        logger.info("Raad: what the time allows: %s.", self.schedule)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Stop before a gradient that is not finite can spoil the weights."""
@@ -457,7 +442,8 @@ class Raad(AnomalibModule):
         if self.closed_form:
             self._once(self.solve_student)
         figures = self.look_at_held_out()
-        self._end_seconds = time.monotonic() - start
+        if self._pacer:
+            self._pacer.end_seconds = time.monotonic() - start
         self.record.stages[stage.value] = {
             "stage": stage.value,
             "step": step,

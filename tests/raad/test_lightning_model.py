@@ -322,11 +322,11 @@ def test_the_datamodule_is_given_back(cell_data, small_raad, engine) -> None:
 @pytest.mark.parametrize(("augmentations", "passes"), [(None, 1), (RandomHorizontalFlip(), 2)])
 def test_the_teacher_sees_an_unaugmented_image_once(cell_data, small_raad, engine, augmentations, passes) -> None:
     """For statistics, the autoencoder's first steps, the joint ones and the solution."""
-    seen, model = [], small_raad(closed_form=True)
+    seen, model = [], small_raad(closed_form=True, train_steps=3, finetune_steps=1)
     model.model.teacher.register_forward_hook(lambda *arguments: seen.append(arguments))
     solve = LambdaCallback(on_train_batch_end=lambda _, model, *__: model.solve_student())
     data, callbacks = cell_data(train_augmentations=augmentations), [StopAfter(3), solve]
-    engine(max_steps=9, logger=False, callbacks=callbacks).fit(model, datamodule=data)
+    engine(max_steps=4, logger=False, callbacks=callbacks).fit(model, datamodule=data)
     assert len(seen) == 4 + 3 * passes
 
 

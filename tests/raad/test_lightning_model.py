@@ -19,7 +19,7 @@ from anomalib_raad import RaadModel
 from anomalib_raad.fit.images import NormalImages
 from anomalib_raad.fit.time_budget import TimeBudget
 from anomalib_raad.quantization.layers import quantizable_layers
-from anomalib_raad.raad.plan import Pace
+from anomalib_raad.raad.plan import Pace, Pacer
 from anomalib_raad.raad.schedule import Schedule, Stage
 from anomalib_raad.raad.student_head import equalize_head_input_
 from anomalib_raad.teacher.weights import load_teacher_
@@ -479,6 +479,19 @@ def test_a_fit_lays_out_the_steps_that_its_time_allows_and_resumes_them(
     engine(max_time="00:00:01:00", logger=False).fit(longer, datamodule=cell_data(), ckpt_path=path)
     assert longer.trainer.global_step == longer.schedule.total > model.schedule.total
     assert longer.post_processor.image_threshold.isfinite()
+
+
+@pytest.mark.usefixtures("time_left")
+def test_the_pace_that_is_found_in_the_last_step_changes_nothing(
+    cell_data, small_raad, engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lay_out(_pacer, _plan, _current, step: int, _quantized) -> Schedule:
+        return Schedule(9, 8) if step <= 9 else Schedule(9, 20)
+
+    monkeypatch.setattr(Pacer, "schedule", lay_out)
+    model = small_raad(bits=8)
+    engine(max_time="00:00:01:00", logger=False).fit(model, datamodule=cell_data())
+    assert (model.trainer.global_step, model.record.plan.steps) == (17, (9, 8))
 
 
 def test_a_run_without_limits_keeps_its_length_when_it_is_resumed(uninterrupted, cell_data, small_raad, engine) -> None:

@@ -360,7 +360,8 @@ class Raad(AnomalibModule):
     def on_train_batch_end(self, outputs: STEP_OUTPUT, batch: Batch, batch_idx: int) -> None:
         """Lay out the steps that the time allows when their pace is known, in stage 1 and once more in stage 3."""
         del outputs, batch, batch_idx
-        if self._pacer and self._pacer.clock.tick(self.global_step):
+        finished = self.global_step >= self.schedule.total  # the trainer stops, whatever time is left
+        if self._pacer and not finished and self._pacer.clock.tick(self.global_step):
             self._lay_out()
 
     def _lay_out(self) -> None:

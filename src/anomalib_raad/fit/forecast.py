@@ -1,11 +1,12 @@
 """How long a run will take, said once its pace is known."""
 
 import logging
-import time
 from typing import Any, Protocol, cast
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
+
+from .time_budget import StepClock
 
 logger = logging.getLogger(__name__)
 
@@ -29,20 +30,15 @@ class Forecast(Callback):
     def __init__(self, first: int = 5, last: int = 25) -> None:
         self.first = first
         self.last = last
-        self._begun: int | None = None
-        self._start = 0.0
+        self._clock: StepClock | None = None
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """Count the steps of this process."""
-        if self._begun is None:
-            self._begun = trainer.global_step - 1
-        steps = trainer.global_step - self._begun
-        if steps == self.first and not self._start:
-            self._start = time.monotonic()
-        elif steps == self.last and self._start:
+        if self._clock is None:
+            self._clock = StepClock(trainer.global_step - 1, warm_up=self.first, timed=self.last - self.first)
+        if self._clock.tick(trainer.global_step):
             plan = cast("Plan", pl_module.schedule)
-            seconds = (time.monotonic() - self._start) / (self.last - self.first)
-            self._start = 0.0
+            seconds = self._clock.found
             steps = plan.total - trainer.global_step
             hours, minutes = divmod(round(steps * seconds / 60), 60)
             logger.info(

@@ -7,8 +7,6 @@ from lightning.pytorch.callbacks import Timer
 
 from .trainer import callbacks_of
 
-_WARM_UP, _TIMED = 2, 6  # optimizer steps that are not timed, and those that are
-
 
 class TimeBudget:
     """The time that a fit has.
@@ -42,11 +40,14 @@ class StepClock:
 
     Args:
         step: Number of the steps taken before.
+        warm_up: Steps that are not timed.
+        timed: Steps that are.
     """
 
-    def __init__(self, step: int) -> None:
+    def __init__(self, step: int, warm_up: int = 2, timed: int = 6) -> None:
         self.found = 0.0
-        self._first = step + _WARM_UP
+        self._first = step + warm_up
+        self._timed = timed
         self._start: float | None = None
 
     def tick(self, step: int) -> bool:
@@ -55,7 +56,7 @@ class StepClock:
             return False
         if self._start is None:
             self._first, self._start = step, time.monotonic()
-        if step < self._first + _TIMED:
+        if step < self._first + self._timed:
             return False
         self.found = (time.monotonic() - self._start) / (step - self._first)
         return True

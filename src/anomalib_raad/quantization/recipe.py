@@ -126,15 +126,25 @@ def aligned_weights(model: Quantizable) -> dict[str, int]:
     }
 
 
+def _networks_of(model: Quantizable) -> dict[str, nn.Module]:
+    return {"teacher": model.teacher, "student": model.student, "ae": model.ae}
+
+
 def layers_of(model: Quantizable) -> dict[Place, QuantConv2d]:
     """All convolutions of a model that can be quantized."""
-    networks = {"teacher": model.teacher, "student": model.student, "ae": model.ae}
-    return {(name, layer): conv for name, net in networks.items() for layer, conv in quantizable_layers(net).items()}
+    return {
+        (name, layer): conv
+        for name, net in _networks_of(model).items()
+        for layer, conv in quantizable_layers(net).items()
+    }
 
 
 def _poolings_of(model: Quantizable) -> dict[Place, QuantAvgPool2d]:
-    networks = {"teacher": model.teacher, "student": model.student, "ae": model.ae}
-    return {(name, layer): pool for name, net in networks.items() for layer, pool in quantizable_poolings(net).items()}
+    return {
+        (name, layer): pool
+        for name, net in _networks_of(model).items()
+        for layer, pool in quantizable_poolings(net).items()
+    }
 
 
 def _random_windows(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:

@@ -576,7 +576,7 @@ class Raad(AnomalibModule):
             export_root: The IR goes into ``weights/openvino`` in this folder.
             model_file_name: Name of the files.
             input_size: Height and width of the images; ``None``: any.
-            compression_type: ``None``, or ``FP16`` for biases and steps in float16. With the others, and with options
+            compression_type: ``None``, or ``FP16`` for biases and scales in float16. With the others, and with options
                 for anomalib's conversion (``args``, ``ov_kwargs``, ``onnx_kwargs``), anomalib exports the simulation of
                 the quantized model, which computes in floating point.
             args: The other arguments of anomalib's method.

@@ -26,6 +26,7 @@ def write_report(folder: Path, model: Quantizable, outcome: Outcome, stages: Seq
     Returns:
         Path of the picture.
     """
+    convolutions = layers_of(model)
     layers: list[dict[str, Any]] = [
         {
             "layer": f"{TITLES[network]}.{name}",
@@ -37,10 +38,10 @@ def write_report(folder: Path, model: Quantizable, outcome: Outcome, stages: Seq
             "input_scale": layer.input_quantizer.scale.item(),
             "score": outcome.scores.get(name) if network != "ae" else None,
         }
-        for (network, name), layer in layers_of(model).items()
+        for (network, name), layer in convolutions.items()
     ]
     report = {
-        "average_bits": average_bits(layers_of(model).values()),
+        "average_bits": average_bits(convolutions.values()),
         "layers": layers,
         "reconstruction": [block._asdict() for block in outcome.blocks],
         "stages": list(stages),

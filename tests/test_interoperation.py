@@ -14,19 +14,11 @@ from anomalib.data.utils import read_image
 from anomalib.deploy import TorchInferencer
 from anomalib.models import Raad
 from anomalib.pipelines.tiled_ensemble import TrainTiledEnsemble
-from lightning.pytorch.callbacks import Callback
 from PIL import Image
 
 from anomalib_raad import RaadModel
 
 LOADING = {"train_batch_size": 1, "eval_batch_size": 1, "num_workers": 0}
-
-
-class OneStep(Callback):
-    """Ends the fit after the first step: how the stages go on does not depend on where the images come from."""
-
-    def on_train_batch_end(self, trainer, *args) -> None:
-        trainer.should_stop = True
 
 
 def write_images(root: Path, *names: str) -> None:
@@ -73,12 +65,12 @@ def kolektor(root: Path) -> Kolektor:
 @pytest.mark.parametrize("make", [mvtec_ad, visa, mvtec_loco, kolektor])
 def test_datamodules(make, small_raad, engine, tmp_path) -> None:
     data, model = make(tmp_path / "data"), small_raad()
-    runner = engine(max_steps=9, logger=False, callbacks=[OneStep()])
+    runner = engine(max_steps=2, logger=False)
     # anomalib 2.7's MVTecLOCO puts lists into a column of strings, which pandas 3 refuses otherwise.
     with pd.option_context("future.infer_string", False):
         runner.fit(model, datamodule=data)
         metrics = runner.test(model, datamodule=data)[0]
-    assert model.global_step == 1
+    assert model.global_step == 2
     assert set(metrics) == {"image_AUROC", "image_F1Score", "pixel_AUROC", "pixel_F1Score"}
 
 

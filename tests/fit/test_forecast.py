@@ -6,15 +6,21 @@ from anomalib_raad.raad.schedule import Schedule
 
 
 def test_how_long_the_run_takes_is_said_once(caplog, monkeypatch) -> None:
-    seconds = iter([100.0, 106.0])
-    monkeypatch.setattr("time.monotonic", lambda: next(seconds))
-    forecast, model = Forecast(first=2, last=5), SimpleNamespace(schedule=Schedule(1805, 1800))
+    now = [100.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    forecast, model = Forecast(), SimpleNamespace(schedule=Schedule(1805, 1800))
+    trainer = SimpleNamespace(accumulate_grad_batches=2, datamodule=SimpleNamespace(train_batch_size=4))
     with caplog.at_level("INFO"):
-        for batch in range(2, 20):  # two batches a step
-            forecast.on_train_batch_end(SimpleNamespace(global_step=batch // 2), model)
+        for batch in range(2, 40):
+            now[0] += 0.5
+            trainer.global_step = batch // 2
+            forecast.on_train_batch_end(trainer, model)
     (message,) = caplog.messages
-    assert message.startswith("3600 steps at 2.00 s take about 2 h 00 min on this machine (train 1805, quantize,")
+    assert message.startswith(
+        "3598 steps of 8 image(s) at 1.00 s take about 1 h 00 min on this machine (train 1805, quantize,"
+    )
     assert "To shorten: --trainer.max_time" in message
+    assert "--data.train_batch_size 1" in message
 
 
 def test_raad_forecasts() -> None:

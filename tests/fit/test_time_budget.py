@@ -39,10 +39,18 @@ def test_anomalibs_engine_passes_the_limit_on() -> None:
     assert Engine(max_time=timedelta(minutes=1))._cache.args["max_time"] == timedelta(minutes=1)
 
 
+def test_of_steps_that_take_long_the_clock_times_fewer(clock) -> None:
+    steps = StepClock(0)
+    for step, found in ((1, False), (2, True), (3, False)):
+        clock[0] += 16
+        assert steps.tick(step) == found
+    assert steps.found == 16
+
+
 def test_the_clock_times_the_steps_after_those_that_warm_up(clock) -> None:
     steps = StepClock(40)
     for step in range(41, 60):
-        clock[0] += 100 if step <= 42 else 2
+        clock[0] += 2.4 if step <= 42 else 0.5
         assert steps.tick(step) == (step == 48)
         assert steps.tick(step) is False  # another batch of the same step
-    assert steps.found == 2
+    assert steps.found == 0.5

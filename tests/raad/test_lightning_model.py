@@ -40,17 +40,6 @@ class SaveEvery(ModelCheckpoint):
         super().__init__(folder, "{step}", save_top_k=-1, auto_insert_metric_name=False, **options)
 
 
-class StopAfter(Callback):
-    """Ends the fit early, as a time limit or a user's callback does."""
-
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_train_batch_end(self, trainer, *args) -> None:
-        if trainer.global_step == self.step:
-            trainer.should_stop = True
-
-
 def weights(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name: value.clone() for name, value in model.state_dict().items() if isinstance(value, torch.Tensor)}
 
@@ -324,10 +313,16 @@ def test_the_teacher_sees_an_unaugmented_image_once(cell_data, small_raad, engin
     """For statistics, the autoencoder's first steps, the joint ones and the solution."""
     seen, model = [], small_raad(closed_form=True, train_steps=3, finetune_steps=1)
     model.model.teacher.register_forward_hook(lambda *arguments: seen.append(arguments))
-    solve = LambdaCallback(on_train_batch_end=lambda _, model, *__: model.solve_student())
-    data, callbacks = cell_data(train_augmentations=augmentations), [StopAfter(3), solve]
+    counts = []
+
+    def solve_and_count(trainer, model, *_) -> None:
+        model.solve_student()
+        counts.append((trainer.global_step, len(seen)))
+
+    callbacks = [LambdaCallback(on_train_batch_end=solve_and_count)]
+    data = cell_data(train_augmentations=augmentations)
     engine(max_steps=4, logger=False, callbacks=callbacks).fit(model, datamodule=data)
-    assert len(seen) == 4 + 3 * passes
+    assert (3, 4 + 3 * passes) in counts
 
 
 def test_the_maps_are_normalised_in_the_trainers_precision(cell_data, small_raad, engine, monkeypatch) -> None:
@@ -339,9 +334,46 @@ def test_the_maps_are_normalised_in_the_trainers_precision(cell_data, small_raad
     assert precisions == [True] * 3
 
 
-def test_an_unfinished_run_is_announced(cell_data, small_raad, engine, caplog) -> None:
-    engine(max_steps=9, logger=False, callbacks=[StopAfter(1)]).fit(small_raad(), datamodule=cell_data())
-    assert "Raad stopped after 1 of 9 steps: the model is not finished" in caplog.text
+class Watch(EarlyStopping):
+    """Notes what it is told, and its own verdict."""
+
+    def __init__(self, **options) -> None:
+        super().__init__("held_out_loss", **options)
+        self.told: list[tuple[int, float, bool]] = []
+
+    def on_train_epoch_end(self, trainer, model) -> None:
+        super().on_train_epoch_end(trainer, model)
+        self.told.append((trainer.global_step, float(trainer.callback_metrics["held_out_loss"]), trainer.should_stop))
+
+
+def test_early_stopping_ends_a_stage_and_the_model_is_finished_all_the_same(cell_data, small_raad, engine) -> None:
+    model, watch = small_raad(bits=8), Watch(patience=1, min_delta=1e9)  # the second value never is an improvement
+    engine(max_steps=1000, logger=False, callbacks=[watch]).fit(model, datamodule=cell_data())
+    assert [(step, stop) for step, _, stop in watch.told] == [
+        (4, False),
+        (8, True),
+        (12, False),
+        (16, True),
+        (17, True),
+    ]
+    assert all(np.isfinite(loss) for _, loss, _ in watch.told)
+    assert [stage["step"] for stage in model.record.stages.values()] == [8, 8, 17]
+    assert model.post_processor.image_threshold.isfinite()
+
+
+def test_early_stopping_waits_for_min_steps(cell_data, small_raad, engine) -> None:
+    model, watch = small_raad(bits=8), Watch(patience=1, min_delta=1e9)
+    runner = engine(max_steps=1000, min_steps=11, logger=False, callbacks=[watch])
+    runner.fit(model, datamodule=cell_data())
+    assert model.record.step(Stage.TRAINED) == 11
+
+
+def test_the_held_out_loss_is_that_of_the_networks_as_they_are(cell_data, small_raad, engine) -> None:
+    """It falls as they learn."""
+    model, watch = small_raad(lr=1e-3), Watch(patience=1000)
+    engine(max_steps=60, logger=False, callbacks=[watch]).fit(model, datamodule=cell_data())
+    losses = [loss for step, loss, _ in watch.told if step <= model.record.step(Stage.TRAINED)]
+    assert losses[-1] < losses[0]
 
 
 @pytest.mark.parametrize(

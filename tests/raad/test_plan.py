@@ -11,14 +11,16 @@ PACE = Pace(image=0.1, position=1e-4, solution=1.0)
 
 
 def test_an_hour_is_enough_for_the_usual_work() -> None:
-    planned = plan(3600, PACE, USUAL, validation_images=47)
+    planned = plan(3600, PACE, USUAL, validation_images=47, images_a_step=1)
     assert replace(planned, autoencoder_seconds=1e9) == USUAL
     assert planned.autoencoder_seconds == 360
 
 
 @pytest.mark.parametrize("seconds", [60, 120, 300, 600])
 def test_less_time_makes_the_work_smaller_and_leaves_time_for_steps(seconds: int) -> None:
-    planned, longer = (plan(time, PACE, USUAL, validation_images=47) for time in (seconds, 2 * seconds))
+    planned, longer = (
+        plan(time, PACE, USUAL, validation_images=47, images_a_step=1) for time in (seconds, 2 * seconds)
+    )
     work, last = planned.seconds(PACE, 47)
     assert 0 < last < work < 0.8 * seconds
     for name in ("calibration_images", "held_out_images", "samples", "iterations"):
@@ -29,9 +31,14 @@ def test_too_little_time__error() -> None:
     with pytest.raises(
         ValueError, match=r"max_time leaves 5 s; on this machine these images need (\d+) s at least"
     ) as error:
-        plan(5, PACE, USUAL, validation_images=47)
+        plan(5, PACE, USUAL, validation_images=47, images_a_step=1)
     least = float(str(error.value).split("need ")[1].split()[0])
-    plan(1.1 * least, PACE, USUAL, validation_images=47)  # which is enough
+    plan(1.1 * least, PACE, USUAL, validation_images=47, images_a_step=1)  # which is enough
+
+
+def test_large_steps_need_more_time() -> None:
+    with pytest.raises(ValueError, match=r"or less than 32 of them a step \(train_batch_size\)"):
+        plan(60, PACE, USUAL, validation_images=47, images_a_step=32)
 
 
 def test_steps_are_shared_as_usual() -> None:
@@ -55,4 +62,4 @@ def test_the_pace_of_each_kind_of_work(untrained) -> None:
     plain = measure_pace(model, images[0], solves=False)
     assert plain.image > 0
     assert plain.position == plain.solution == 0
-    assert plan(60, plain, USUAL, validation_images=5).autoencoder_seconds == 0
+    assert plan(60, plain, USUAL, validation_images=5, images_a_step=1).autoencoder_seconds == 0

@@ -15,6 +15,9 @@ from anomalib_raad.data.readable import list_faults, unreadable
 
 from .trainer import callbacks_of
 
+HELD_OUT_LOSS = "held_out_loss"
+"""What is logged of the training's progress on held-out normal images, at the end of each epoch."""
+
 NEEDS: dict[str, Callable[[Any], bool]] = {
     "a positive number up to 1": lambda x: 0 < x <= 1,
     "zero or a positive number": lambda x: 0 <= x < math.inf,
@@ -70,9 +73,9 @@ def check_monitors(trainer: Trainer) -> None:
     """
     for callback in callbacks_of(trainer):
         monitor = getattr(callback, "monitor", None)
-        if monitor is not None and not monitor.startswith("train_"):
+        if monitor is not None and monitor != HELD_OUT_LOSS and not monitor.startswith("train_"):
             msg = f"{type(callback).__name__} monitors {monitor!r}, which does not exist during a fit: the model is "
-            msg += "validated once, when it is finished. Monitor train_loss or another train_ metric, or nothing"
+            msg += f"validated once, when it is finished. Monitor {HELD_OUT_LOSS}, train_loss, or nothing"
             raise ValueError(msg)
 
 

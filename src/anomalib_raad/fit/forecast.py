@@ -7,6 +7,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 
 from .time_budget import StepClock
+from .trainer import images_a_step
 
 logger = logging.getLogger(__name__)
 
@@ -20,29 +21,23 @@ class Plan(Protocol):
 
 
 class Forecast(Callback):
-    """Tells once how long the run of a model with a ``schedule`` will take.
+    """Tells once how long the run of a model with a ``schedule`` will take."""
 
-    Args:
-        first: Optimizer step of this process from which the pace is taken; those before it warm up.
-        last: Step at which the pace is known.
-    """
-
-    def __init__(self, first: int = 5, last: int = 25) -> None:
-        self.first = first
-        self.last = last
+    def __init__(self) -> None:
         self._clock: StepClock | None = None
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """Count the steps of this process."""
         if self._clock is None:
-            self._clock = StepClock(trainer.global_step - 1, warm_up=self.first, timed=self.last - self.first)
+            self._clock = StepClock(trainer.global_step - 1)
         if self._clock.tick(trainer.global_step):
-            plan = cast("Plan", pl_module.schedule)
+            plan, images = cast("Plan", pl_module.schedule), images_a_step(trainer)
             seconds = self._clock.found
             steps = plan.total - trainer.global_step
             hours, minutes = divmod(round(steps * seconds / 60), 60)
             logger.info(
-                "%d steps at %.2f s take about %d h %02d min on this machine (%s). "
-                "To shorten: --trainer.max_time 00:00:15:00, --trainer.max_steps, --trainer.precision bf16-mixed.",
-                *(steps, seconds, hours, minutes, plan),
+                "%d steps of %d image(s) at %.2f s take about %d h %02d min on this machine (%s). "
+                "To shorten: --trainer.max_time 00:00:15:00%s, --trainer.max_steps, --trainer.precision bf16-mixed.",
+                *(steps, images, seconds, hours, minutes, plan),
+                ", --data.train_batch_size 1" if images > 1 else "",
             )

@@ -7,6 +7,9 @@ from lightning.pytorch.callbacks import Timer
 
 from .trainer import callbacks_of
 
+_WARM_UP, _TIMED = 2, 6  # optimizer steps that are not timed, and those that are
+_ENOUGH = 5.0  # seconds after which fewer of either will do
+
 
 class TimeBudget:
     """The time that a fit has.
@@ -36,27 +39,29 @@ class TimeBudget:
 
 
 class StepClock:
-    """Times the first optimizer steps after it is made, but for those that warm up.
+    """Times the first optimizer steps after it is made, but for those that warm up: fewer where a step takes long.
 
     Args:
         step: Number of the steps taken before.
-        warm_up: Steps that are not timed.
-        timed: Steps that are.
     """
 
-    def __init__(self, step: int, warm_up: int = 2, timed: int = 6) -> None:
+    def __init__(self, step: int) -> None:
         self.found = 0.0
-        self._first = step + warm_up
-        self._timed = timed
-        self._start: float | None = None
+        self._first = step + _WARM_UP
+        self._warm = False
+        self._start = time.monotonic()
 
     def tick(self, step: int) -> bool:
         """Tell how many steps have been taken; true once, when ``found``, the seconds of a step, is known."""
-        if self.found or step < self._first:
+        seconds = time.monotonic() - self._start
+        if self.found:
             return False
-        if self._start is None:
-            self._first, self._start = step, time.monotonic()
-        if step < self._first + self._timed:
+        if not self._warm:
+            if step >= self._first or seconds >= _ENOUGH:
+                self._warm, self._first, self._start = True, step, time.monotonic()
             return False
-        self.found = (time.monotonic() - self._start) / (step - self._first)
+        steps = step - self._first
+        if steps < 1 or (steps < _TIMED and seconds < _ENOUGH):
+            return False
+        self.found = seconds / steps
         return True

@@ -2,8 +2,9 @@
 
 from typing import Any
 
+import torch
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, EarlyStopping
 
 
 def datamodule_of(trainer: Trainer) -> Any:  # noqa: ANN401  # of any class, None where there are only loaders
@@ -14,6 +15,24 @@ def datamodule_of(trainer: Trainer) -> Any:  # noqa: ANN401  # of any class, Non
 def is_dev_run(trainer: Trainer) -> bool:
     """Whether the run is one of ``fast_dev_run``, which writes nothing."""
     return bool(vars(trainer).get("fast_dev_run"))
+
+
+def images_a_step(trainer: Trainer) -> int:
+    """Images of an optimizer step in each process."""
+    return datamodule_of(trainer).train_batch_size * trainer.accumulate_grad_batches
+
+
+def stop_not_before(trainer: Trainer, step: int) -> None:
+    """Let the trainer go on when a callback asks it to stop before a step; who asked is seen in ``should_stop``."""
+    trainer.fit_loop.epoch_loop.min_steps = step
+
+
+def forget_best(trainer: Trainer) -> None:
+    """Let every ``EarlyStopping`` begin anew, where what it watches is not comparable with before."""
+    for callback in callbacks_of(trainer):
+        if isinstance(callback, EarlyStopping):
+            worst = torch.inf if callback.mode == "min" else -torch.inf
+            callback.wait_count, callback.best_score = 0, torch.tensor(worst)
 
 
 def callbacks_of(trainer: Trainer) -> list[Callback]:

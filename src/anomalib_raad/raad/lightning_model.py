@@ -31,14 +31,14 @@ from anomalib_raad.data.drift import ranges
 from anomalib_raad.data.penalty import PenaltyImages
 from anomalib_raad.export.projection import projected
 from anomalib_raad.fit.checkpoints import AtomicCheckpointIO, check_archive, check_finite, keep_metrics_of, state_of
-from anomalib_raad.fit.checks import check_images, check_monitors, check_numbers, check_transform
+from anomalib_raad.fit.checks import HELD_OUT_LOSS, check_images, check_monitors, check_numbers, check_transform
 from anomalib_raad.fit.feature_cache import FeatureCache
 from anomalib_raad.fit.forecast import Forecast
 from anomalib_raad.fit.images import NormalImages
 from anomalib_raad.fit.modes import evaluating, randomness
 from anomalib_raad.fit.prediction_guard import PredictionGuard
 from anomalib_raad.fit.time_budget import StepClock, TimeBudget
-from anomalib_raad.fit.trainer import datamodule_of, is_dev_run
+from anomalib_raad.fit.trainer import datamodule_of, forget_best, images_a_step, is_dev_run, stop_not_before
 from anomalib_raad.post_processing import RaadPostProcessor, check_thresholds
 from anomalib_raad.pre_processing import RaadPreProcessor
 from anomalib_raad.precision import warn_of_slow_precision
@@ -63,6 +63,7 @@ from .torch_model import MAX_IMAGE_SIZE, MIN_IMAGE_SIZE, RaadModel
 logger = logging.getLogger(__name__)
 
 _UNLIMITED_EPOCHS = {None, -1, 1000}  # Lightning's max_epochs when the user has set none (1000), or no limit (-1)
+_WATCHED = 8  # held-out images whose loss is logged at each epoch's end, a small part of an epoch's time
 _NEEDS = {
     "a positive number up to 1": ("lr", "finetune_lr"),
     "zero or a positive number": ("weight_decay",),
@@ -261,7 +262,9 @@ class Raad(AnomalibModule):
         planned = self.record.plan
         if self._budget and planned and planned.steps and self.global_step >= sum(planned.steps):
             self.record.plan = None  # a finished run is given more time, which goes to fine-tuning
+        self._least_steps = self.trainer.min_steps or 0
         self.schedule = self._make_schedule()
+        stop_not_before(self.trainer, self.schedule.total)
         self._pacer = None
         if self._budget and not (self.record.plan and self.record.plan.steps):  # a resumed run keeps its plan
             self._plan(self._budget)
@@ -299,7 +302,9 @@ class Raad(AnomalibModule):
         self._pacer = Pacer(budget, pace, validation_images, self.full_schedule, self.schedule.total, self.global_step)
         held_out, calibration = len(self._images.held_out), len(self._images.calibration)
         usual = Plan(calibration, held_out, SAMPLES, self.reconstruction.iterations, budget.seconds)
-        self.record.plan = self.trainer.strategy.broadcast(plan(budget.remaining, pace, usual, validation_images))
+        images = min(images_a_step(self.trainer), len(self._images.kept))
+        planned = plan(budget.remaining, pace, usual, validation_images, images)
+        self.record.plan = self.trainer.strategy.broadcast(planned)
 
     def _prepare_model(self) -> None:
         self.record.seen = ranges(image[0] for image in self._images.plain(self._images.calibration))
@@ -325,12 +330,15 @@ class Raad(AnomalibModule):
     # ---------------------------------------------------------------------------------------------------- training
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        """Quantize when the first step of stage 3 is due."""
+        """Quantize when the first step of stage 3 is due, or a callback has stopped stage 1."""
         del batch, batch_idx
+        if self.trainer.should_stop and self.global_step >= self._least_steps:
+            self._stop_stage()
         if self.schedule.stage(self.global_step) is Stage.FINE_TUNED and not self.record.reached(Stage.QUANTIZED):
             self._end_stage(Stage.TRAINED, self.global_step)
             self._once(self._quantize)
             self.trainer.optimizers[0].state.clear()  # stage 3 starts with a fresh Adam
+            forget_best(self.trainer)
             self._end_stage(Stage.QUANTIZED, self.global_step)
             self._teacher_features.clear()  # its poolings read 8 bits here, floats while stage 3 trains
             if self._pacer:
@@ -364,13 +372,38 @@ class Raad(AnomalibModule):
         if self._pacer and not finished and self._pacer.clock.tick(self.global_step):
             self._lay_out()
 
+    def on_train_epoch_end(self) -> None:
+        """Log the loss of Eq. 6 on held-out normal images as ``held_out_loss``, for callbacks that watch."""
+        images = self._images.prepared(self._images.held_out[:_WATCHED], "Loss on held-out images")
+        with self._evaluating(), randomness([int(self.run_seed)], self.device):  # the same augmentations every time
+            losses = [self.model.losses(image).weighted(self.lambdas) for image in images]
+        self.log(HELD_OUT_LOSS, torch.stack(losses).mean(), prog_bar=True)
+
+    def _stop_stage(self) -> None:
+        """End the stage because a callback has asked the trainer to stop; the model is finished all the same."""
+        self.trainer.should_stop = False
+        step, train_steps = self.global_step, self.schedule.train_steps
+        if self.record.reached(Stage.QUANTIZED):
+            self._follow(Schedule(train_steps, step + 1 - train_steps))
+        else:
+            self._follow(Schedule(step, self.schedule.total - step))
+        logger.info("Raad was asked to stop after %d steps: now %s.", step, self.schedule)
+
     def _lay_out(self) -> None:
         """Choose the schedule that fits the time that is left; all processes take the first one's."""
         pacer, planned = cast("Pacer", self._pacer), cast("Plan", self.record.plan)
         schedule = pacer.schedule(planned, self.schedule, self.global_step, self.record.reached(Stage.QUANTIZED))
-        self.schedule = self.trainer.strategy.broadcast(schedule)
-        self.record.plan = replace(planned, steps=(self.schedule.train_steps, self.schedule.finetune_steps))
-        logger.info("Raad: what the time allows: %s.", self.schedule)
+        self._follow(self.trainer.strategy.broadcast(schedule))
+        images = images_a_step(self.trainer)
+        logger.info("Raad: what the time allows, in steps of %d image(s): %s.", images, self.schedule)
+
+    def _follow(self, schedule: Schedule) -> None:
+        """Go on by another schedule, which a plan remembers."""
+        self.schedule = schedule
+        if self.record.plan:
+            steps = schedule.train_steps, schedule.finetune_steps
+            self.record.plan = replace(self.record.plan, steps=steps)
+        stop_not_before(self.trainer, schedule.total)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Stop before a gradient that is not finite can spoil the weights."""
@@ -400,15 +433,6 @@ class Raad(AnomalibModule):
                 log_figures(self.loggers, [picture], self.global_step + 1)
             self.trainer.limit_val_batches = self._limit_val_batches
             self.trainer.should_stop = True  # lets Lightning validate even in the middle of an epoch
-
-    def on_train_end(self) -> None:
-        """Warn if the run ended before the model was finished."""
-        self.trainer.limit_val_batches = self._limit_val_batches
-        if self.global_step < self.schedule.total:
-            logger.warning(
-                "Raad stopped after %d of %d steps: the model is not finished. Resume with ckpt_path.",
-                *(self.global_step, self.schedule.total),
-            )
 
     def teardown(self, stage: str) -> None:
         """Give the datamodule its own training loader back."""

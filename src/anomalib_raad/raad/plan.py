@@ -25,7 +25,7 @@ _STEP = 4.0  # images without gradients that take as long as a step
 _ITERATION = 0.15  # of reconstruction, as a share of a step
 _QUANTIZED = 1.5  # what an image takes after quantization, as a multiple of before
 _FIXED = 3.0  # seconds for files
-_LEAST_STEPS = 20
+_LEAST_IMAGES, _LEAST_STEPS = 20, 4  # that train, whatever the images of a step
 
 
 @dataclass(frozen=True)
@@ -117,8 +117,15 @@ class Plan:
 _LEAST = Plan(calibration_images=4, held_out_images=1, samples=6_000, iterations=0, autoencoder_seconds=0.0)
 
 
-def plan(seconds: float, pace: Pace, usual: Plan, validation_images: int) -> Plan:
+def plan(seconds: float, pace: Pace, usual: Plan, validation_images: int, images_a_step: int) -> Plan:
     """Fit the work of the usual size to the seconds that a run has left.
+
+    Args:
+        seconds: What is left.
+        pace: Of this machine.
+        usual: The work where time does not matter.
+        validation_images: Images that are predicted when the model is finished.
+        images_a_step: Images of an optimizer step.
 
     Raises:
         ValueError: If even the least work leaves no time for steps; the message names the least time.
@@ -137,12 +144,13 @@ def plan(seconds: float, pace: Pace, usual: Plan, validation_images: int) -> Pla
         autoencoder_seconds=autoencoder,
     )
     work = planned.seconds(pace, validation_images)[0] + 2 * planned.calibration_images * pace.image
-    steps = _LEAST_STEPS * pace.image * _STEP
+    steps = max(_LEAST_IMAGES, _LEAST_STEPS * images_a_step) * pace.image * _STEP
     if work + autoencoder + steps > seconds:
         needed = (_LEAST.seconds(pace, validation_images)[0] + steps) / (1 - _AUTOENCODER)
         if needed > seconds:
             msg = f"max_time leaves {seconds:.0f} s; on this machine these images need {needed:.0f} s at least: "
             msg += "raise max_time, or choose smaller images"
+            msg += f" or less than {images_a_step} of them a step (train_batch_size)" if images_a_step > 1 else ""
             raise ValueError(msg)
         planned = replace(_LEAST, autoencoder_seconds=autoencoder)
     return planned

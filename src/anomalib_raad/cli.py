@@ -83,8 +83,15 @@ def main() -> None:
         distill(arguments)
     elif command == "compare":
         from .compare.grid import compare  # noqa: PLC0415  # plotting libraries that nothing else needs
+        from .compare.parts import compare_parts  # noqa: PLC0415
 
-        sys.exit(min(1, auto_cli(compare, args=arguments, as_positional=False, prog="anomalib-raad compare")))
+        from_file = any(argument.startswith("--config") for argument in arguments)
+        failed = (
+            auto_cli(compare, args=arguments, as_positional=False, prog="anomalib-raad compare")
+            if from_file
+            else (compare_parts(arguments))
+        )
+        sys.exit(min(1, failed))
     elif command == "figures":
         auto_cli(figures, args=arguments, as_positional=False, prog="anomalib-raad figures")
     elif command == "inspect":

@@ -15,6 +15,7 @@ from rich.console import Console
 from torchmetrics.functional.classification import binary_roc
 
 from .bootstrap import interval, resampled_auroc
+from .choice import advice, choice
 from .tables import markdown, mean_and_range
 
 QUALITY = (
@@ -31,7 +32,7 @@ QUALITY = (
     "logical_AUsPRO",
     "mean_AUsPRO",
 )
-COST = ("fit_seconds", "fit_cpu_seconds", "step_seconds", "latency_ms", "megabytes", "average_bits")
+COST = ("fit_seconds", "fit_cpu_seconds", "step_seconds", "latency_ms", "openvino_ms", "megabytes", "average_bits")
 _COMPARED = ("image_AUROC", "pixel_AUPRO", "mean_AUsPRO")
 _INTERVAL = "image_AUROC on resampled test images, 95 %"
 _PUBLISHED = json.loads(Path(__file__).with_name("published_results.json").read_text())
@@ -52,8 +53,9 @@ def write_report(paths: Sequence[Path], results: Path, apart: Sequence[str] = ()
     first = next((cell["model"] for cell in cells), "")
     cells = [cell for cell in cells if "error" not in cell]
     state = f"{len(cells)} of {len(paths)} cells are finished, {len(failed)} failed."
-    tables = _tables(cells, results, first, apart) if cells else {}
-    text = "\n\n".join([state, *failed, *(f"## {name}\n\n{markdown(table)}" for name, table in tables.items())])
+    tables, sentence = _tables(cells, results, first, apart) if cells else ({}, "")
+    texts = (f"## {name}\n\n{markdown(table)}" for name, table in tables.items())
+    text = "\n\n".join([state, *failed, *texts, sentence])
     (results / "comparison.md").write_text(text + "\n")
     Console().print(text, markup=False, soft_wrap=True)
     names = list(dict.fromkeys(cell["data"] for cell in cells))
@@ -62,6 +64,7 @@ def write_report(paths: Sequence[Path], results: Path, apart: Sequence[str] = ()
         state=state,
         failed=failed,
         tables={name: table.to_html(index=False, border=0) for name, table in tables.items()},
+        advice=sentence,
         published=_published(names),
         about=_PUBLISHED,
         data={name: [cell for cell in cells if cell["data"] == name] for name in names},
@@ -70,8 +73,10 @@ def write_report(paths: Sequence[Path], results: Path, apart: Sequence[str] = ()
     (results / "comparison.html").write_text(page)
 
 
-def _tables(cells: list[dict[str, Any]], results: Path, first: str, apart: Sequence[str]) -> dict[str, pd.DataFrame]:
-    """The tables as they are printed; also writes the figures as CSV and draws image AUROC."""
+def _tables(
+    cells: list[dict[str, Any]], results: Path, first: str, apart: Sequence[str]
+) -> tuple[dict[str, pd.DataFrame], str]:
+    """The tables and the advice as they are printed; also writes the figures as CSV and draws image AUROC."""
     frame = pd.DataFrame(cells).drop(columns=["images", "heatmaps"])
     frame["megabytes"] = frame.pop("bytes") / 1e6
     frame.to_csv(results / "comparison.csv", index=False)
@@ -84,7 +89,7 @@ def _tables(cells: list[dict[str, Any]], results: Path, first: str, apart: Seque
     axis.legend(loc="upper left", bbox_to_anchor=(1, 1))
     axis.figure.savefig(results / "comparison.png", dpi=120, bbox_inches="tight")
     plt.close(axis.figure)
-    resampled = _resampled(cells)
+    resampled, counted = _resampled(cells), frame[~frame["data"].isin(apart)]
     detection = _summary(frame, QUALITY)
     low_high = [
         interval(resampled[data][model].mean(axis=1))
@@ -99,8 +104,10 @@ def _tables(cells: list[dict[str, Any]], results: Path, first: str, apart: Seque
         "Detection": detection,
         "Differences": _differences(frame, resampled, first, apart),
         "Cost": _summary(frame, COST),
+        "Which to take": choice(counted),
     }
-    return {name: table for name, table in tables.items() if not table.empty}
+    counted_resampled = {name: models for name, models in resampled.items() if name not in apart}
+    return {name: table for name, table in tables.items() if not table.empty}, advice(counted, counted_resampled)
 
 
 def _resampled(cells: Sequence[dict[str, Any]]) -> dict[str, dict[str, np.ndarray]]:

@@ -2,7 +2,8 @@
 
     python -m benchmarks.openvino --output openvino.json
 
-Weights do not matter for time and size, so the models are untrained; Raad's conv2 and conv3 get ``bits``, PatchCore,
+Weights do not matter for time and size, so the models are untrained; Raad's conv2 and conv3 get ``bits``, and it runs
+with its defaults, with images as large as the others', and with all of the teacher's channels; PatchCore,
 on EfficientNet-Lite0, a bank of anomalib's default for 200 images at 256x256: a tenth of their patches. All models
 infer the same solar cell in turn in one process, so that whatever else the machine does slows all of them: quote the
 ratios. The int8 peak is what OpenVINO reaches in convolutions that have nothing else to do, measured in the same turn;
@@ -13,6 +14,7 @@ calibrated on the validation cells. Memory is what loading a model and one infer
 import json
 import logging
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -41,19 +43,23 @@ from anomalib_raad.quantization.recipe import quantize_
 from .memory import printed_by
 
 _SIZE = (256, 256)
+_RAADS = {  # sides of the images and compared channels
+    "Raad": (128, 128),
+    "Raad, 256x256": (256, 128),
+    "Raad, 256x256, 384 channels": (256, 384),
+}
 _BANK_IMAGES = 200  # that PatchCore has seen
 _REFERENCE = "EfficientAd INT8_PTQ"
 _PEAK_CHANNELS, _PEAK_SIDE, _PEAK_LAYERS = 512, 32, 4  # of those tried, the shape with the most multiply-adds a second
 _REQUESTS = 8  # images in flight and waiting when throughput is taken
 
 
-def main(rounds: int = 30, bits: int = 4, projections: tuple[int, ...] = (128, 64), output: Path | None = None) -> None:
+def main(rounds: int = 30, bits: int = 4, output: Path | None = None) -> None:
     """Export every variant, time them and print a table.
 
     Args:
         rounds: Timed inferences of each variant after two that are not counted; the median counts.
         bits: Bits of Raad's inner layers.
-        projections: Numbers of compared channels to which Raad is projected in further rows.
         output: JSON file for the figures.
     """
     logging.getLogger("nncf").setLevel(logging.ERROR)
@@ -61,21 +67,18 @@ def main(rounds: int = 30, bits: int = 4, projections: tuple[int, ...] = (128, 6
     cells.setup()
     image = Resize(_SIZE)(read_image(cells.train_data.samples.image_path[0], as_tensor=True)[None])
     with TemporaryDirectory() as folder:
-        rows = [
-            _Variant(name, path, precision)
-            for name, path, precision in _export(Path(folder), image, bits, projections, cells)
-        ]
+        rows = [_Variant(*variant) for variant in _export(Path(folder), image, bits, cells)]
         peak_graph = _peak_model()
         peak = openvino.Core().compile_model(peak_graph, "CPU")
         values = np.full(peak.input(0).shape, 100, dtype=np.float32)
-        steps = [partial(peak, values), *(partial(row.infer, image.numpy()) for row in rows)]
+        steps: list[Callable[[], object]] = [partial(peak, values), *(row.infer for row in rows)]
         median_seconds(steps, rounds=2)  # to warm up
         peak_seconds, *all_seconds = median_seconds(steps, rounds)
         per_second = multiply_adds(peak_graph) / peak_seconds
         for row, seconds in zip(rows, all_seconds, strict=True):
             row.figures["milliseconds"] = 1000 * seconds
             row.figures["share_of_int8_peak"] = row.figures["multiply_adds"] / seconds / per_second
-        queues = [partial(row.infer_many, image.numpy()) for row in rows]
+        queues = [row.infer_many for row in rows]
         for row, seconds in zip(rows, median_seconds(queues, max(1, rounds // 5)), strict=True):
             row.figures["images_per_second"] = _REQUESTS / seconds
     figures: dict[str, dict[str, Any]] = {row.name: row.figures for row in rows}
@@ -85,14 +88,15 @@ def main(rounds: int = 30, bits: int = 4, projections: tuple[int, ...] = (128, 6
 
 
 class _Variant:
-    """An IR, compiled for latency and for throughput."""
+    """An IR, compiled for latency and for throughput, and an image for it."""
 
-    def __init__(self, name: str, path: Path, precision: str | None) -> None:
+    def __init__(self, name: str, path: Path, precision: str | None, image: torch.Tensor) -> None:
         self.name = name
+        self.image = image.numpy()
         config: dict[str, Any] = {"INFERENCE_PRECISION_HINT": precision} if precision else {}
         core = openvino.Core()
         graph = core.read_model(path)
-        graph.reshape([1, 3, *_SIZE])
+        graph.reshape(list(self.image.shape))
         start = time.perf_counter()
         self.model = core.compile_model(path, "CPU", config | {"PERFORMANCE_HINT": "LATENCY"})
         self.figures: dict[str, Any] = {
@@ -106,42 +110,49 @@ class _Variant:
             core.compile_model(path, "CPU", config | {"PERFORMANCE_HINT": "THROUGHPUT"})
         )
 
-    def infer(self, image: np.ndarray) -> None:
-        self.model(image)
+    def infer(self) -> None:
+        self.model(self.image)
 
-    def infer_many(self, image: np.ndarray) -> None:
+    def infer_many(self) -> None:
         for _ in range(_REQUESTS):
-            self.queue.start_async(image)
+            self.queue.start_async(self.image)
         self.queue.wait_all()
 
 
 def _export(
-    folder: Path, image: torch.Tensor, bits: int, projections: tuple[int, ...], cells: Elpv
-) -> list[tuple[str, Path, str | None]]:
-    """Names, IRs and inference precisions; ``None`` is OpenVINO's choice, bfloat16 where the CPU has it."""
+    folder: Path, image: torch.Tensor, bits: int, cells: Elpv
+) -> list[tuple[str, Path, str | None, torch.Tensor]]:
+    """Names, IRs, inference precisions and images; precision ``None`` is OpenVINO's, bfloat16 where the CPU has it."""
     # Without post-processors, whose thresholds only training sets
     efficientad = EfficientAd(post_processor=False, evaluator=False, visualizer=False)
-    raad = Raad(bits=bits, post_processor=False, evaluator=False, visualizer=False)
 
-    def export(module: AnomalibModule, name: str, **options: Any) -> Path:
-        return module.to_openvino(folder, name, input_size=_SIZE, **options)
+    def export(module: AnomalibModule, name: str, size: tuple[int, int] = _SIZE, **options: Any) -> Path:
+        return module.to_openvino(folder, name, input_size=size, **options)
 
     full = export(efficientad, "efficientad")
-    variants: list[tuple[str, Path, str | None]] = [
+    models: list[tuple[str, Path, str | None]] = [
         ("EfficientAd f32", full, "f32"),
         ("EfficientAd", full, None),
         ("EfficientAd FP16", export(efficientad, "fp16", compression_type=CompressionType.FP16), None),
         (_REFERENCE, export(efficientad, "ptq", compression_type=CompressionType.INT8_PTQ, datamodule=cells), None),
         ("PatchCore", _export_patchcore(folder / "patchcore.xml"), None),
-        ("Raad before quantization, f32", export(raad, "raad"), "f32"),
     ]
-    with torch.no_grad():
-        quantize_(raad.model, [image], [image], raad.allocation)
-    packed = export(raad, "packed")
-    variants += [("Raad", packed, None), ("Raad f32", packed, "f32")]
-    for channels in projections:
-        variants.append((f"Raad, {channels} channels", export(raad, f"k{channels}", feature_projection=channels), None))
+    variants = [(*model, image) for model in models]
+    for name, (side, channels) in _RAADS.items():
+        raad, small = _quantized_raad(side, channels, bits, image)
+        path = export(raad, f"raad-{side}-{channels}", (side, side))
+        variants += [(name, path, None, small), (f"{name}, f32", path, "f32", small)]
     return variants
+
+
+@torch.no_grad()
+def _quantized_raad(side: int, channels: int, bits: int, image: torch.Tensor) -> tuple[Raad, torch.Tensor]:
+    """A quantized model for images of a size, and the image in it."""
+    options: dict[str, Any] = {"post_processor": False, "evaluator": False, "visualizer": False}
+    raad = Raad(bits=bits, channels=channels, pre_processor=Raad.configure_pre_processor((side, side)), **options)
+    small = Resize((side, side), antialias=True)(image)
+    quantize_(raad.model.eval(), [small], [small], raad.allocation)
+    return raad, small
 
 
 @torch.no_grad()

@@ -12,8 +12,6 @@ from anomalib.models import Raad
 from lightning.pytorch import seed_everything
 from torch import nn
 
-from anomalib_raad.export.projection import project_
-
 onnxruntime = pytest.importorskip("onnxruntime")
 openvino = pytest.importorskip("openvino")
 
@@ -136,18 +134,6 @@ def test_openvino_inferencer(finished: Raad, cells, tmp_path, monkeypatch) -> No
     with torch.no_grad():
         expected = finished(read_image(path, as_tensor=True)[None]).pred_score
     assert prediction.pred_score.item() == pytest.approx(expected.item(), abs=1e-3)
-
-
-def test_projection(finished: Raad, images: torch.Tensor, tmp_path) -> None:
-    """The IR is that of the projected model, the model itself stays as it is."""
-    before = expected(finished, images)
-    path = finished.to_openvino(tmp_path, input_size=(64, 64), feature_projection=32)
-    torch.testing.assert_close(expected(finished, images), before, rtol=0, atol=0)
-    projected = deepcopy(finished)
-    project_(projected.model, 32)
-    assert_close(run(compiled(path), images), projected, images)
-    with pytest.raises(ValueError, match="feature_projection is 385; a number of channels from 1 to 384"):
-        finished.to_openvino(tmp_path, feature_projection=385)
 
 
 @pytest.mark.parametrize(

@@ -56,8 +56,8 @@ def distill(arguments: Sequence[str]) -> None:
 def figures(results: Path) -> None:
     """Draw the figures of a finished run, as a test of it does, and look at its layers.
 
-    Writes ``stages.png``, ``attention.png``, ``layers.png``, ``diagnostics.png`` and ``diagnostics.json``; see
-    :mod:`~anomalib_raad.report.stages` and :mod:`~anomalib_raad.report.diagnostics`.
+    Writes ``stages.png``, ``attention.png``, ``bias.png``, ``layers.png``, ``diagnostics.png`` and
+    ``diagnostics.json``; see :mod:`~anomalib_raad.report.stages` and :mod:`~anomalib_raad.report.diagnostics`.
 
     Args:
         results: Results folder of ``anomalib train``, with its ``config.yaml``.

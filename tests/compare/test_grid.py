@@ -60,7 +60,7 @@ def test_cells_are_kept_and_a_failed_one_is_tried_again(folders, tmp_path) -> No
     assert cell["steps"] == 4
     assert 0 <= cell["image_AUROC"] <= 1
     assert cell["image_AUPR"] >= 0.3
-    assert 7.5e6 < cell["bytes"] < 8.5e6
+    assert 4.5e6 < cell["bytes"] < 5e6
     assert cell["average_bits"] == 8
     assert cell["latency_ms"] > 1
     assert cell["step_seconds"] < cell["fit_seconds"]

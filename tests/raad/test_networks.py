@@ -13,6 +13,7 @@ from anomalib_raad.teacher.pdn import create_pdn
 def test_a_pdn_is_anomalibs(size: str, padding: bool) -> None:
     torch.manual_seed(0)
     network, image = PatchDescriptionNetwork(size, 24, padding), torch.rand(2, 3, 64, 72)
+    network.margin = 0
     theirs = create_pdn(size, 24, padding)
     theirs.load_state_dict(dict(network.named_parameters()))
     with torch.no_grad():
@@ -33,6 +34,7 @@ def test_a_pdn_is_anomalibs(size: str, padding: bool) -> None:
 def test_the_autoencoder_is_anomalibs_at_256_pixels(padding: bool) -> None:
     torch.manual_seed(0)
     network, image = Autoencoder(24, padding).eval(), torch.rand(2, 3, 256, 256)
+    network.unseen = 0
     theirs = AutoEncoder(24, padding).eval()
     theirs.load_state_dict(dict(network.named_parameters()))
     with torch.no_grad():

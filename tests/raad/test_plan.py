@@ -62,4 +62,4 @@ def test_the_pace_of_each_kind_of_work(untrained) -> None:
     plain = measure_pace(model, images[0], solves=False)
     assert plain.image > 0
     assert plain.position == plain.solution == 0
-    assert plan(60, plain, USUAL, validation_images=5, images_a_step=1).autoencoder_seconds == 0
+    assert plan(600, plain, USUAL, validation_images=5, images_a_step=1).autoencoder_seconds == 0

@@ -1,11 +1,13 @@
 import pytest
 import torch
 from anomalib.models.image.efficient_ad.torch_model import EfficientAdModel, EfficientAdModelSize
+from torch.nn.functional import interpolate, pad
 
 from anomalib_raad import RaadModel
 from anomalib_raad.quantization.allocation import Allocation
 from anomalib_raad.quantization.layers import quantizable_layers, quantizable_poolings
 from anomalib_raad.quantization.recipe import quantize_
+from anomalib_raad.teacher.statistics import channel_mean_std
 
 pytestmark = pytest.mark.usefixtures("_seed")
 
@@ -16,9 +18,11 @@ def _seed() -> None:
 
 
 def twin_of_efficientad(padding: bool, size: str = "small") -> tuple[RaadModel, EfficientAdModel]:
-    """RaadModel and anomalib's EfficientAdModel with the same weights and teacher statistics."""
+    """RaadModel, as far as it is EfficientAD, and anomalib's EfficientAdModel with the same weights and statistics."""
     raad = RaadModel(size, padding)
-    twin = EfficientAdModel(384, EfficientAdModelSize(size), padding=padding, pad_maps=not padding)
+    raad.teacher.margin = raad.student.margin = raad.student.unseen = raad.ae.unseen = 0
+    raad.recalibration = torch.nn.Identity()
+    twin = EfficientAdModel(384, EfficientAdModelSize(size), padding=padding, pad_maps=False)
     for name in ("teacher", "student", "ae"):
         network = getattr(raad, name)
         state = {key: value for key, value in network.state_dict().items() if key.endswith(("weight", "bias"))}
@@ -36,8 +40,8 @@ def test_maps_at_256_are_efficientads(padding: bool, size: str) -> None:
     raad.eval()
     twin.eval()
     with torch.no_grad():
-        for ours, theirs in zip(raad.maps(image), twin.get_maps(image), strict=True):
-            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+        ours = interpolate(raad.maps(image), size=(256, 256), mode="bilinear")
+        torch.testing.assert_close(ours, torch.cat(twin.get_maps(image), dim=1), rtol=1e-4, atol=1e-5)
         raad.map_quantiles.copy_(torch.tensor([[0.1, 0.5], [0.2, 0.7]]))
         for key, value in zip(("qa_st", "qb_st", "qa_ae", "qb_ae"), (0.1, 0.5, 0.2, 0.7), strict=True):
             twin.quantiles[key].data.fill_(value)
@@ -174,15 +178,70 @@ def test_options__error(options: dict, message: str) -> None:
 
 
 @pytest.mark.parametrize("padding", [True, False])
-@pytest.mark.parametrize("size", [(64, 96), (128, 128)])
-def test_blind_edge(padding: bool, size: tuple[int, int]) -> None:
-    model = RaadModel(padding=padding).eval()
-    (map_st, _), edge = model.maps(torch.rand(1, 3, *size)), model.blind_edge
-    assert (map_st[..., edge : -edge or None, edge : -edge or None] > 0).all()
-    assert (edge == 0) == padding
-    assert not map_st[..., : edge // 2, :].any()
+@pytest.mark.parametrize("size", [(64, 96), (71, 93), (128, 128)])
+def test_the_maps_cover_the_whole_image(padding: bool, size: tuple[int, int]) -> None:
+    model, image = RaadModel(padding=padding).eval(), torch.rand(1, 3, *size)
+    maps = model.maps(image)
+    cells = [round(side / 4) for side in size]
+    assert all(abs(found - expected) <= 1 for found, expected in zip(maps.shape[-2:], cells, strict=True))
+    assert (maps > 0).all()
+    assert model(image).anomaly_map.shape[-2:] == size
+
+
+@pytest.mark.parametrize("edge", [(0, 0), (0, 127), (127, 0), (127, 127), (0, 60), (70, 127)])
+def test_every_pixel_counts(edge: tuple[int, int]) -> None:
+    """Whatever pixel changes, the map changes where the pixel is."""
+    model, image = RaadModel().eval(), torch.rand(1, 3, 128, 128)
+    row, column = edge
+    with torch.no_grad():
+        before = model(image).anomaly_map
+        image[..., row, column] = 1 - image[..., row, column].round()
+        changed = (model(image).anomaly_map - before).abs()[0, 0]
+    assert changed[row, column] > 0
+    assert changed[(row + 64) % 128, (column + 64) % 128] < 1e-6  # the autoencoder sees all, but faintly
+
+
+def test_the_border_is_the_image_reflected() -> None:
+    model, image = RaadModel().eval(), torch.rand(1, 3, 64, 72)
+    whole = model.student(image)
+    model.student.margin = 0
+    torch.testing.assert_close(whole, model.student(pad(image, [8] * 4, mode="reflect")))
+    torch.testing.assert_close(whole[..., 2:-2, 2:-2], model.student(image))
+
+
+def test_the_autoencoder_says_what_is_at_the_students_cells() -> None:
+    model, image = RaadModel().eval(), torch.rand(1, 3, 128, 128)
+    inner = model.ae(image, model.student(image).shape[-2:])
+    model.ae.unseen = 0
+    torch.testing.assert_close(inner, model.ae(image, torch.Size([32, 32]))[..., 2:-2, 2:-2])
 
 
 def test_float16__error() -> None:
     with pytest.raises(TypeError, match="exceed float16; use bfloat16"):
         RaadModel().eval().half()(torch.rand(1, 3, 64, 64).half())
+
+
+def test_fewer_directions_keep_the_distances_on_average(untrained) -> None:
+    """On real images, of features that differ as those of two images do."""
+    whole, images = untrained
+    few = RaadModel(out_channels=128).eval()
+    with torch.no_grad():
+        few.set_teacher_(whole.teacher, images)
+        mean, std = channel_mean_std(map(whole.teacher, images))
+        before, after = (
+            (net(images[0]) - net(images[1])).square().mean()
+            for net in (lambda x: (whole.teacher(x) - mean) / std, few.teacher)
+        )
+    assert after / before == pytest.approx(1, abs=0.1)
+    directions = (
+        few.teacher.head.weight.flatten(1) @ torch.linalg.pinv(whole.teacher.head.weight.flatten(1)) * std.view(-1)
+    )
+    torch.testing.assert_close(directions @ directions.T, torch.eye(128), rtol=1e-3, atol=1e-3)
+
+
+def test_as_many_directions_as_channels_are_the_channels(untrained) -> None:
+    model, images = untrained
+    same = RaadModel().eval()
+    same.set_teacher_(model.teacher, images)
+    assert torch.equal(same.teacher.head.weight, model.teacher.head.weight)
+    assert same.teacher_loaded

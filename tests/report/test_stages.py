@@ -13,7 +13,7 @@ from anomalib_raad.raad.schedule import STAGE_CHECKPOINTS
 from anomalib_raad.report import stages
 from anomalib_raad.report.stages import StageVisualizer, checkpoint_paths, draw_figures
 
-FIGURES = {"stages.png", "attention.png", "layers.png"}
+FIGURES = {"stages.png", "attention.png", "bias.png", "layers.png"}
 
 
 def test_the_test_of_a_run_draws_the_figures_and_the_logger_gets_them(finished_run) -> None:
@@ -48,7 +48,7 @@ def test_what_the_figures_show(cells, finished_run, cell_data, tmp_path, monkeyp
     assert row["mask"].float().mean() == 0.5
     (name, anomalous_mean), (_, normal_mean) = drawn["attention.png"]
     assert name == "mean of 2 anomalous"
-    layers = dict(drawn["layers.png"])
+    layers, biases = dict(drawn["layers.png"]), dict(drawn["bias.png"])
     for stage, path in checkpoints.items():
         networks = Raad.load_from_checkpoint(path).model.eval()
         with torch.no_grad():
@@ -57,6 +57,7 @@ def test_what_the_figures_show(cells, finished_run, cell_data, tmp_path, monkeyp
         torch.testing.assert_close([row[stage] for _, row in examples], heatmaps)
         torch.testing.assert_close(anomalous_mean[stage], (heatmaps[0] + heatmaps[1]) / 2)
         assert normal_mean[stage].shape == (64, 64)
+        assert torch.equal(biases["student-autoencoder map"][stage], networks.recalibration.bias[0, 1])
         torch.testing.assert_close(layers[stage]["conv4"], (teacher - student)[0].square().mean(0))
 
 

@@ -1,5 +1,9 @@
 """Models of others in a form that needs no download, for machines without a model hub."""
 
+import ctypes
+import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +24,7 @@ PHOTOS = (
     "retina.jpg", "rocket.jpg",
 )  # fmt: skip
 """The 16 photos that scikit-image carries, instead of ImageNette's 9,469."""
+_M_MMAP_THRESHOLD = -3  # mallopt's number for it
 _FIRST_CHOICE = 2  # patches for each place in the bank, drawn at random, from which the coreset is chosen
 
 
@@ -45,13 +50,32 @@ class OfflinePatchcore(Patchcore):
             drawn = torch.randperm(len(patches))[: _FIRST_CHOICE * self.bank_size]
             self.model.embedding_store[:] = [patches[drawn.to(patches.device)]]
             self.coreset_sampling_ratio = min(1.0, self.bank_size / len(drawn))
-        super().fit()
+        with _large_blocks_given_back():
+            super().fit()
 
     @classmethod
     def configure_pre_processor(cls, image_size: tuple[int, int] | None = None, *_: Any) -> PreProcessor:
         """Resize and normalise as the backbone wants it."""
         resize = v2.Resize(image_size or (256, 256), antialias=True)
         return PreProcessor(v2.Compose([resize, v2.Normalize(*OFFLINE_STATISTICS)]))
+
+
+@contextmanager
+def _large_blocks_given_back() -> Iterator[None]:
+    """Let glibc keep blocks above a megabyte apart from its heap while the context is open.
+
+    glibc below 2.38 seldom uses an aligned block of its heap again: the passes that choose a coreset, each with a block
+    as large as all patches, then take up to 20 GB.
+    """
+    if platform.libc_ver()[0] != "glibc":
+        yield
+        return
+    allocator = ctypes.CDLL(None)
+    allocator.mallopt(_M_MMAP_THRESHOLD, 2**20)
+    try:
+        yield
+    finally:
+        allocator.mallopt(_M_MMAP_THRESHOLD, 2**25)  # what glibc itself comes to where blocks are as large
 
 
 class OfflineEfficientad(EfficientAd):

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from anomalib_raad.data.readable import list_faults, unreadable
 
-from .trainer import callbacks_of
+from .trainer import monitors_of
 
 HELD_OUT_LOSS = "held_out_loss"
 """What is logged of the training's progress on held-out normal images, at the end of each epoch."""
@@ -71,10 +71,9 @@ def check_monitors(trainer: Trainer) -> None:
     Raises:
         ValueError: If an ``EarlyStopping`` or a ``ModelCheckpoint`` watches a metric that training does not log.
     """
-    for callback in callbacks_of(trainer):
-        monitor = getattr(callback, "monitor", None)
-        if monitor is not None and monitor != HELD_OUT_LOSS and not monitor.startswith("train_"):
-            msg = f"{type(callback).__name__} monitors {monitor!r}, which does not exist during a fit: the model is "
+    for name, callback in monitors_of(trainer).items():
+        if name != HELD_OUT_LOSS and not name.startswith("train_"):
+            msg = f"{type(callback).__name__} monitors {name!r}, which does not exist during a fit: the model is "
             msg += f"validated once, when it is finished. Monitor {HELD_OUT_LOSS}, train_loss, or nothing"
             raise ValueError(msg)
 

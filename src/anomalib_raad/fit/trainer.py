@@ -27,6 +27,12 @@ def stop_not_before(trainer: Trainer, step: int) -> None:
     trainer.fit_loop.epoch_loop.min_steps = step
 
 
+def monitors_of(trainer: Trainer) -> dict[str, Callback]:
+    """What callbacks watch, by name, and a callback that does."""
+    found = {getattr(callback, "monitor", None): callback for callback in callbacks_of(trainer)}
+    return {name: callback for name, callback in found.items() if name is not None}
+
+
 def forget_best(trainer: Trainer) -> None:
     """Let every ``EarlyStopping`` begin anew, where what it watches is not comparable with before."""
     for callback in callbacks_of(trainer):

@@ -29,7 +29,6 @@ from tqdm import tqdm
 
 from anomalib_raad.data.drift import ranges
 from anomalib_raad.data.penalty import PenaltyImages
-from anomalib_raad.export.projection import projected
 from anomalib_raad.fit.checkpoints import AtomicCheckpointIO, check_archive, check_finite, keep_metrics_of, state_of
 from anomalib_raad.fit.checks import HELD_OUT_LOSS, check_images, check_monitors, check_numbers, check_transform
 from anomalib_raad.fit.feature_cache import FeatureCache
@@ -38,7 +37,14 @@ from anomalib_raad.fit.images import NormalImages
 from anomalib_raad.fit.modes import evaluating, randomness
 from anomalib_raad.fit.prediction_guard import PredictionGuard
 from anomalib_raad.fit.time_budget import StepClock, TimeBudget
-from anomalib_raad.fit.trainer import datamodule_of, forget_best, images_a_step, is_dev_run, stop_not_before
+from anomalib_raad.fit.trainer import (
+    datamodule_of,
+    forget_best,
+    images_a_step,
+    is_dev_run,
+    monitors_of,
+    stop_not_before,
+)
 from anomalib_raad.post_processing import RaadPostProcessor, check_thresholds
 from anomalib_raad.pre_processing import RaadPreProcessor
 from anomalib_raad.precision import warn_of_slow_precision
@@ -50,10 +56,12 @@ from anomalib_raad.quantization.size import model_bytes
 from anomalib_raad.report.attention_bias import held_out_figures
 from anomalib_raad.report.quantization import write_report
 from anomalib_raad.report.stages import StageVisualizer, log_figures
+from anomalib_raad.teacher.pdn import CHANNELS
 from anomalib_raad.teacher.weights import load_teacher_
 
 from .autoencoder_start import AUTOENCODER_STEPS, train_autoencoder_
 from .losses import Losses
+from .networks import PatchDescriptionNetwork
 from .plan import Pacer, Plan, measure_pace, plan
 from .record import Record
 from .schedule import STAGE_CHECKPOINTS, LearningRates, Schedule, Stage
@@ -67,7 +75,7 @@ _WATCHED = 8  # held-out images whose loss is logged at each epoch's end, a smal
 _NEEDS = {
     "a positive number up to 1": ("lr", "finetune_lr"),
     "zero or a positive number": ("weight_decay",),
-    "a whole number from 1": ("train_steps", "finetune_steps", "calibration_images"),
+    "a whole number from 1": ("train_steps", "finetune_steps", "calibration_images", "channels"),
     "a whole number from 0": ("reconstruction_iterations",),
     "a share between 0 and 1": ("held_out",),
     "a share from 0 to 1": ("lr_decay",),
@@ -96,6 +104,7 @@ class Raad(AnomalibModule):
         teacher: ``bundled``, ``efficientad`` (anomalib's official weights, downloaded) or the path of a weights file.
         model_size: ``small`` or ``medium``.
         padding: Zero-pad the convolutions of teacher and student.
+        channels: Compare so many random directions of the teacher's 384 channels; 384 compares the channels (paper).
         lr: Learning rate of stage 1 (EfficientAD's; paper of RAAD: 1e-5).
         lr_decay: The last share of either stage runs at a tenth of its learning rate (EfficientAD: 0.05); 0 for
             constant rates.
@@ -107,6 +116,7 @@ class Raad(AnomalibModule):
         p_hard: Quantile of the hard-feature selection in Eq. 5.
         lambdas: Weights of L_ts, L_aes and L_tae in Eq. 6.
         penalty_dir: Folder with images of anything but the part, for EfficientAD's penalty. ``None``: no penalty.
+        recalibrate: Divide the two maps by what normal training images show at the same place.
         normalize_maps: Normalise the two maps by their quantiles on held-out normal images before averaging them.
         bits: ``None`` lets HQS choose; a number quantizes every inner layer of teacher and student to as many bits; a
             mapping names the bits of single layers.
@@ -149,6 +159,7 @@ class Raad(AnomalibModule):
         teacher: str | Path = "bundled",
         model_size: str = "small",
         padding: bool = False,
+        channels: int = 128,
         lr: float = 1e-4,
         lr_decay: float = 0.2,
         finetune_lr: float = 1e-4,
@@ -158,6 +169,7 @@ class Raad(AnomalibModule):
         p_hard: float = 0.999,
         lambdas: tuple[float, float, float] = (1.0, 1.0, 1.0),
         penalty_dir: str | Path | None = None,
+        recalibrate: bool = True,
         normalize_maps: bool = True,
         bits: int | dict[str, int] | None = None,
         average_bits: float = DEFAULT_AVERAGE_BITS,
@@ -177,7 +189,10 @@ class Raad(AnomalibModule):
         super().__init__(pre_processor, post_processor, evaluator, visualizer)
         check_numbers(self.hparams, _NEEDS)
         check_numbers({f"lambdas[{i}]": value for i, value in enumerate(lambdas)}, _LAMBDAS)
-        self.model = RaadModel(model_size=model_size, padding=padding, p_hard=p_hard)
+        if channels > CHANNELS:
+            msg = f"channels is {channels}; a teacher has {CHANNELS}"
+            raise ValueError(msg)
+        self.model = RaadModel(model_size, padding, channels, p_hard)
         self.allocation = Allocation(
             bits, first_last_bits, autoencoder_bits, hqs_thresholds, average_bits, activation_bits
         )
@@ -188,11 +203,12 @@ class Raad(AnomalibModule):
         self.learning_rates = LearningRates(lr, finetune_lr, lr_decay)
         self.weight_decay = weight_decay
         self.lambdas = lambdas
+        self.recalibrate = recalibrate
         self.normalize_maps = normalize_maps
         self.closed_form = closed_form
         self.held_out = held_out
         self.calibration_images = calibration_images
-        self.teacher_source, self.model_size, self.penalty_dir = teacher, model_size, penalty_dir
+        self.teacher_source, self.model_size, self.padding, self.penalty_dir = teacher, model_size, padding, penalty_dir
         self.record = Record()
         self._penalty: PenaltyImages | None = None
         self._budget: TimeBudget | None = None
@@ -204,7 +220,7 @@ class Raad(AnomalibModule):
     # ---------------------------------------------------------------------------------------------- before training
 
     def setup(self, stage: str) -> None:
-        """Check the settings and the data, and load the teacher, before training starts."""
+        """Check the settings and the data before training starts."""
         if type(self.trainer.strategy.checkpoint_io) is AnomalibCheckpointIO:  # the user's own stays
             self.trainer.strategy.checkpoint_io = AtomicCheckpointIO()
         if stage != "fit":
@@ -225,9 +241,6 @@ class Raad(AnomalibModule):
         check_transform(self.transform, self.input_size, MIN_IMAGE_SIZE, MAX_IMAGE_SIZE)
         if self.penalty_dir is not None:
             self._penalty = PenaltyImages(self.penalty_dir)
-        if not self.model.teacher_loaded:
-            load_teacher_(self.model.teacher, self.teacher_source, self.model_size)
-            self.model.teacher_loaded.fill_(value=True)
 
     def _begin_anew(self) -> None:
         """A fit without checkpoint is a run of its own, from the weights that student and autoencoder have."""
@@ -307,6 +320,8 @@ class Raad(AnomalibModule):
         self.record.plan = self.trainer.strategy.broadcast(planned)
 
     def _prepare_model(self) -> None:
+        if not self.model.teacher_loaded:
+            self._load_teacher()
         self.record.seen = ranges(image[0] for image in self._images.plain(self._images.calibration))
         with self._evaluating():
             self._set_teacher_statistics()
@@ -314,6 +329,13 @@ class Raad(AnomalibModule):
                 steps = min(AUTOENCODER_STEPS, self.schedule.train_steps)
                 seconds = self.record.plan.autoencoder_seconds if self.record.plan else math.inf
                 train_autoencoder_(self.model, *self._calibration(), int(self.run_seed), steps, seconds=seconds)
+
+    def _load_teacher(self) -> None:
+        teacher = PatchDescriptionNetwork(self.model_size, CHANNELS, self.padding).eval()
+        load_teacher_(teacher, self.teacher_source, self.model_size)
+        images = self._images.prepared(self._images.calibration, "Statistics of the teacher's own channels")
+        with self._evaluating():
+            self.model.set_teacher_(teacher.to(self.device), images)
 
     def _set_teacher_statistics(self) -> None:
         images, features = self._calibration()
@@ -373,7 +395,9 @@ class Raad(AnomalibModule):
             self._lay_out()
 
     def on_train_epoch_end(self) -> None:
-        """Log the loss of Eq. 6 on held-out normal images as ``held_out_loss``, for callbacks that watch."""
+        """Log the loss of Eq. 6 on held-out normal images as ``held_out_loss``, where somebody looks at it."""
+        if not self.loggers and HELD_OUT_LOSS not in monitors_of(self.trainer):
+            return
         images = self._images.prepared(self._images.held_out[:_WATCHED], "Loss on held-out images")
         with self._evaluating(), randomness([int(self.run_seed)], self.device):  # the same augmentations every time
             losses = [self.model.losses(image).weighted(self.lambdas) for image in images]
@@ -489,19 +513,21 @@ class Raad(AnomalibModule):
             self.model.solve_student_(*self._calibration(), int(self.run_seed), samples)
 
     def look_at_held_out(self) -> dict[str, float]:
-        """Normalise the maps of the model as it is now on the held-out normal images, during a fit.
+        """Recalibrate and normalise the maps of the model as it is now, during a fit.
 
         Returns:
             What their maps say, see :func:`~.attention_bias.held_out_figures`.
         """
-        images, maps = [], []
+        model, images = self.model, list(self._images.prepared(self._images.held_out, "Reading the held-out images"))
         with self._evaluating():
-            for image in self._images.prepared(self._images.held_out, "Map quantiles"):
-                images.append(image)
-                maps.append(torch.stack(self.model.maps(image)))
+            if self.recalibrate:
+                calibration = self._images.prepared(self._images.calibration, "Bias of the maps")
+                model.recalibration.fit_([model.maps(image) for image in calibration])
+            maps = [model.maps(image) for image in tqdm(images, "Map quantiles", leave=False)]
+            recalibrated = [model.recalibration(both) for both in maps]
         if self.normalize_maps:
-            self.model.set_map_quantiles_(maps)
-        return held_out_figures(images, maps, self.model.blind_edge)
+            model.set_map_quantiles_(recalibrated)
+        return held_out_figures(images, maps, recalibrated)
 
     # ----------------------------------------------------------------------------------------------------- helpers
 
@@ -587,7 +613,6 @@ class Raad(AnomalibModule):
         compression_type: CompressionType | None = None,
         *args: Any,
         packed: bool = True,
-        feature_projection: int | None = None,
         **kwargs: Any,
     ) -> Path:
         """Export to OpenVINO IR; a finished model's convolutions then run in integer kernels.
@@ -605,15 +630,13 @@ class Raad(AnomalibModule):
                 the quantized model, which computes in floating point.
             args: The other arguments of anomalib's method.
             packed: Store weights of 2 bits in 2 and those of 3 or 4 bits in 4 bits. The results are the same.
-            feature_projection: Compare only so many random directions of the 384 channels: smaller and faster, and the
-                scores differ a little from the checkpoint's. For finished models.
             kwargs: Like ``args``.
 
         Returns:
             Path of the ``.xml`` file.
 
         Raises:
-            ValueError: If there are fewer channels than ``feature_projection``, or the model is not finished.
+            ValueError: If the model is not finished.
             ModuleNotFoundError: If OpenVINO is not installed.
         """
         check_thresholds(self.post_processor)
@@ -628,15 +651,14 @@ class Raad(AnomalibModule):
         from anomalib_raad.export.openvino import save_integer_ir  # noqa: PLC0415  # an optional part of anomalib
 
         path = create_export_root(export_root, ExportType.OPENVINO) / f"{model_file_name}.xml"
-        with projected(self, feature_projection) as module:
-            save_integer_ir(module, path, input_size, packed=packed, half=compression_type == CompressionType.FP16)
+        save_integer_ir(self, path, input_size, packed=packed, half=compression_type == CompressionType.FP16)
         return path
 
     @classmethod
     def configure_pre_processor(cls, image_size: tuple[int, int] | None = None) -> PreProcessor:
-        """Resize to 256x256 by default; ImageNet normalisation is part of the networks."""
+        """Resize to 128x128 by default, where a patch is a quarter of the side; the networks normalise themselves."""
         # Not in a Compose: anomalib's tiled ensemble takes the Resize out, and a Compose must not be empty.
-        return RaadPreProcessor(transform=Resize(image_size or (256, 256), antialias=True))
+        return RaadPreProcessor(transform=Resize(image_size or (128, 128), antialias=True))
 
     def configure_post_processor(self) -> PostProcessor:
         """anomalib's, with scores that are not cut off."""

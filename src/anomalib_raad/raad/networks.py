@@ -11,7 +11,7 @@ from torch.nn import functional as F  # noqa: N812
 
 from anomalib_raad.quantization.layers import QuantConv2d, make_quantizable_, quantizable_layers
 from anomalib_raad.quantization.reconstruction import BlockNetwork
-from anomalib_raad.teacher.pdn import create_pdn
+from anomalib_raad.teacher.pdn import MARGIN, UNSEEN_CELLS, create_pdn
 
 _ALL = slice(None)
 _AE_SIZE = (256, 256)  # the image size for which the autoencoder's bottleneck is one vector of 64 values
@@ -84,14 +84,19 @@ class ImageConv2d(QuantConv2d):
 class PatchDescriptionNetwork(BlockNetwork):
     """PDN-S or PDN-M: anomalib's layers under anomalib's names.
 
+    Without padding the image is extended by its reflection, as far as that helps: patches that are half reflection are
+    unlike any that a part has, and make the edges of normal parts anomalous.
+
     Args:
         model_size: ``small`` or ``medium``.
         out_channels: Channels of the features.
-        padding: Zero-pad the convolutions.
+        padding: Zero-pad the convolutions instead, as EfficientAD can.
     """
 
     def __init__(self, model_size: str, out_channels: int, padding: bool) -> None:
         super().__init__()
+        self.margin = 0 if padding else MARGIN
+        self.unseen = 0 if padding else UNSEEN_CELLS
         for name, layer in make_quantizable_(create_pdn(model_size, out_channels, padding)).named_children():
             self.add_module(name, layer)
         self._names = list(quantizable_layers(self))
@@ -114,7 +119,7 @@ class PatchDescriptionNetwork(BlockNetwork):
             channels: Output channels to compute.
 
         Returns:
-            Features of shape ``(N, C, h, w)``.
+            Features of shape ``(N, C, h, w)``, a cell for every four pixels but for ``unseen`` cells along each edge.
         """
         return self.head(self.head_input(image), channels)
 
@@ -124,7 +129,7 @@ class PatchDescriptionNetwork(BlockNetwork):
 
     def features(self, image: torch.Tensor) -> Iterator[torch.Tensor]:
         """What the convolutions before the last give after their ReLU, one after another."""
-        x = channels_last(image)
+        x = channels_last(F.pad(image, [self.margin] * 4, mode="reflect") if self.margin else image)
         for depth, name in enumerate(self._names[:-1]):
             x = F.relu(self._convolution(name)(x), inplace=True)
             yield x
@@ -158,6 +163,7 @@ class Autoencoder(nn.Module):
 
     def __init__(self, out_channels: int, padding: bool) -> None:
         super().__init__()
+        self.unseen = 0 if padding else UNSEEN_CELLS
         network = make_quantizable_(AutoEncoder(out_channels, padding))
         self.encoder, self.decoder = network.encoder, network.decoder
         self.encoder.enconv1 = ImageConv2d.from_conv(self.encoder.enconv1)
@@ -168,11 +174,13 @@ class Autoencoder(nn.Module):
         return cast("QuantConv2d", self.decoder.deconv8)
 
     def forward(self, image: torch.Tensor, size: torch.Size) -> torch.Tensor:
-        """Predict features of images ``(N, 3, H, W)`` in [0, 1], resized to ``size``."""
+        """Predict features of images ``(N, 3, H, W)`` in [0, 1] at the PDNs' cells, of which there are ``size``."""
         # Without antialiasing: anomalib's ONNX export, at an opset below 18, cannot express it.
         seen = F.interpolate(image, size=_AE_SIZE, mode="bilinear", align_corners=False)
         output = self.decoder(self.encoder(channels_last(seen)), _AE_SIZE)
-        return F.interpolate(output, size=size, mode="bilinear", align_corners=False)
+        height, width = (side + 2 * self.unseen for side in size)
+        whole = F.interpolate(output, size=(height, width), mode="bilinear", align_corners=False)
+        return whole[..., self.unseen : height - self.unseen, self.unseen : width - self.unseen]
 
 
 def channels_last(image: torch.Tensor) -> torch.Tensor:

@@ -9,11 +9,11 @@ from torch import nn
 from torch.nn import functional as F  # noqa: N812
 
 from anomalib_raad.quantization.layers import dequantize_, quantizable_layers, quantizable_poolings
-from anomalib_raad.teacher.pdn import LOST_CELLS, STRIDE
 from anomalib_raad.teacher.statistics import channel_mean_std
 
 from .losses import Losses, augment, hard_feature_loss, squared_difference
 from .networks import Autoencoder, PatchDescriptionNetwork, channels_last
+from .recalibration import Recalibration
 from .student_head import SAMPLES, StudentHead
 
 MIN_IMAGE_SIZE, MAX_IMAGE_SIZE = 64, 1024
@@ -27,11 +27,11 @@ class RaadModel(nn.Module):
 
     Images may have any size from 64 to 1024 pixels a side. The PDNs are fully convolutional. The autoencoder always
     sees the whole image at 256x256, so that its bottleneck stays one vector of 64 values; its output is resized to the
-    PDNs' output. At 256x256 this is EfficientAD.
+    PDNs' cells. At 256x256 the networks are EfficientAD's, but for the image's extension.
 
     Args:
         model_size: ``small`` (PDN-S) or ``medium`` (PDN-M).
-        padding: Zero-pad the PDNs' convolutions. Without it the maps' borders are filled with zeros.
+        padding: Zero-pad the PDNs' convolutions. Without it they see the image extended by reflection.
         out_channels: Channels of teacher and autoencoder; the student has twice as many.
         p_hard: Quantile of the hard-feature selection, see :func:`~.losses.hard_feature_loss`.
     """
@@ -57,8 +57,8 @@ class RaadModel(nn.Module):
         self.student = PatchDescriptionNetwork(model_size, 2 * out_channels, padding)
         self.ae = Autoencoder(out_channels, padding)
         self.student_head = StudentHead(self.student.head)
+        self.recalibration = Recalibration()
         self.out_channels = out_channels
-        self.padding = padding
         self.p_hard = p_hard
         # Channel statistics of the teacher on normal images, mu and sigma.
         self.register_buffer("teacher_mean", torch.zeros(1, out_channels, 1, 1))
@@ -68,11 +68,6 @@ class RaadModel(nn.Module):
         self.register_buffer("teacher_loaded", torch.zeros((), dtype=torch.bool))
         self.register_buffer("teacher_normalized", torch.zeros((), dtype=torch.bool))
         self.train()
-
-    @property
-    def blind_edge(self) -> int:
-        """Pixels along the edges of an image where the maps are zero: networks without padding do not see them."""
-        return 0 if self.padding else STRIDE * LOST_CELLS
 
     @property
     def quantized(self) -> bool:
@@ -108,12 +103,11 @@ class RaadModel(nn.Module):
             raise TypeError(msg)
         if self.training:
             return self.losses(image, penalty_image, teacher_features)
-        map_st, map_ae = self._cell_maps(image)
-        (a_st, b_st), (a_ae, b_ae) = self.map_quantiles
+        low, high = self.map_quantiles.T.unsqueeze(-1).unsqueeze(-1)
         # Mean of EfficientAD's normalised maps: the q_a-quantile of normal images becomes 0, the q_b-quantile 0.1.
         # Taken before the resize, which is linear: one instead of two.
-        cell_map = 0.05 * ((map_st - a_st) / (b_st - a_st) + (map_ae - a_ae) / (b_ae - a_ae))
-        anomaly_map = _resize(cell_map, image.shape[-2:])
+        cell_map = 0.1 * ((self.recalibration(self.maps(image)) - low) / (high - low)).mean(dim=1, keepdim=True)
+        anomaly_map = F.interpolate(cell_map, size=image.shape[-2:], mode="bilinear", align_corners=False)
         return InferenceBatch(pred_score=anomaly_map.amax(dim=(-2, -1)), anomaly_map=anomaly_map)
 
     def losses(
@@ -142,25 +136,19 @@ class RaadModel(nn.Module):
             penalty=penalty,
         )
 
-    def maps(self, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Student-teacher and student-autoencoder map of images, unnormalised, each ``(N, 1, H, W)``.
+    def maps(self, image: torch.Tensor) -> torch.Tensor:
+        """Student-teacher and student-autoencoder map, ``M = mean_c D``, of images ``(N, 3, H, W)`` in [0, 1].
 
-        ``M = mean_c D``, resized bilinearly to the image.
+        Returns:
+            Both maps of each image as they are, not recalibrated: ``(N, 2, h, w)``, a cell for every four pixels. Along
+            the edges, where no patch of a PDN has its centre, they say what the nearest patch says, which sees them.
         """
-        map_st, map_ae = (_resize(cell_map, image.shape[-2:]) for cell_map in self._cell_maps(image))
-        return map_st, map_ae
-
-    def _cell_maps(self, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The maps before they are resized; where networks without padding do not see the image they are 0."""
         image = channels_last(image)
         student = self.student(image)
         to_teacher, to_autoencoder = student[:, : self.out_channels], student[:, self.out_channels :]
         map_st = squared_difference(self.normalized_teacher(image), to_teacher).mean(dim=1, keepdim=True)
-        autoencoder = self.ae(image, student.shape[-2:])
-        map_ae = squared_difference(autoencoder, to_autoencoder).mean(dim=1, keepdim=True)
-        if self.padding:
-            return map_st, map_ae
-        return F.pad(map_st, [LOST_CELLS] * 4), F.pad(map_ae, [LOST_CELLS] * 4)
+        map_ae = squared_difference(self.ae(image, student.shape[-2:]), to_autoencoder).mean(dim=1, keepdim=True)
+        return F.pad(torch.cat([map_st, map_ae], dim=1), [self.student.unseen] * 4, mode="replicate")
 
     def normalized_teacher(self, image: torch.Tensor, teacher_features: torch.Tensor | None = None) -> torch.Tensor:
         """Teacher features with mean 0 and deviation 1 in each channel on normal images, ``(N, C, h, w)``."""
@@ -184,6 +172,32 @@ class RaadModel(nn.Module):
         return [(t, s[:, : t.shape[1]]) for t, s in zip(teacher, student, strict=True)]
 
     @torch.no_grad()
+    def set_teacher_(self, teacher: PatchDescriptionNetwork, images: Iterable[torch.Tensor], seed: int = 0) -> None:
+        """Take over a teacher, of whose normalised C channels the model compares k random directions.
+
+            T'(x) = P (T(x) - mu) / sigma,    E[1/k ||P d||^2] = 1/C ||d||^2
+
+        for a matrix P of k orthonormal rows, drawn uniformly: the maps, which know the channels only by the mean of
+        their squared differences, keep their meaning. With k = C the channels stay what they are.
+
+        Args:
+            teacher: A teacher of C channels.
+            images: Normal images for mu and sigma, each ``(1, 3, H, W)`` in [0, 1].
+            seed: Seed of the directions; the default lets a student go on to other data.
+        """
+        for own, given in zip(self.teacher.parameters(), teacher.parameters(), strict=True):
+            if own.shape == given.shape:
+                own.copy_(given)
+        head, channels = teacher.head, teacher.head.out_channels
+        if self.out_channels < channels:
+            mean, std = (values.flatten() for values in channel_mean_std(map(teacher, images)))
+            normal = torch.randn(channels, self.out_channels, generator=torch.Generator().manual_seed(seed))
+            directions = torch.linalg.qr(normal)[0].T.to(head.weight) / std
+            self.teacher.head.weight.copy_(torch.einsum("kc,cihw->kihw", directions, head.weight))
+            self.teacher.head.bias.copy_(directions @ (head.bias - mean))
+        self.teacher_loaded.fill_(value=True)
+
+    @torch.no_grad()
     def set_teacher_statistics_(self, teacher_features: Iterable[torch.Tensor]) -> None:
         """Compute the channels' mean and standard deviation of the teacher's features of normal images."""
         mean, std = channel_mean_std(teacher_features)
@@ -202,15 +216,16 @@ class RaadModel(nn.Module):
         self.teacher_loaded.fill_(value=False)
         self.teacher_normalized.fill_(value=False)
         self.map_quantiles.copy_(torch.tensor(_PLAIN_MAPS))
+        self.recalibration.reset_()
 
     @torch.no_grad()
     def set_map_quantiles_(self, maps: Sequence[torch.Tensor]) -> None:
         """Normalise the maps by their 0.9- and 0.995-quantile on normal images, q_a and q_b in EfficientAD.
 
         Args:
-            maps: Of each image both :meth:`maps`, stacked, ``(2, N, 1, H, W)``.
+            maps: Of each image both recalibrated maps, ``(1, 2, h, w)``.
         """
-        values = np.concatenate([pair.flatten(1).float().cpu().numpy() for pair in maps], axis=1)
+        values = np.concatenate([both[0].flatten(1).float().cpu().numpy() for both in maps], axis=1)
         low, high = np.quantile(values, [0.9, 0.995], axis=1)
         high = np.maximum(high, low + 1e-6)  # the maps of a part without any variation are constant
         self.map_quantiles.copy_(torch.tensor(np.stack([low, high], axis=1)))
@@ -233,7 +248,3 @@ class RaadModel(nn.Module):
         """
         pairs = zip(images, teacher_features, strict=True)
         self.student_head.solve_(self.student, images, (self.student_target(*pair) for pair in pairs), seed, samples)
-
-
-def _resize(cell_map: torch.Tensor, size: torch.Size) -> torch.Tensor:
-    return F.interpolate(cell_map, size=size, mode="bilinear", align_corners=False)

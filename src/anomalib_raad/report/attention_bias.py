@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import torch
+from torch.nn import functional as F  # noqa: N812
 
 _VARYING = 0.25  # the share of pixels that counts as varying
 
@@ -25,21 +26,26 @@ def attention_bias(images: torch.Tensor, maps: torch.Tensor) -> float:
     return float(mean_map[varying].mean() / mean_map[~varying].mean().clamp(min=torch.finfo(torch.float32).tiny))
 
 
-def held_out_figures(images: Sequence[torch.Tensor], maps: Sequence[torch.Tensor], blind_edge: int) -> dict[str, float]:
+def held_out_figures(
+    images: Sequence[torch.Tensor], maps: Sequence[torch.Tensor], recalibrated: Sequence[torch.Tensor]
+) -> dict[str, float]:
     """What the maps of held-out normal images say of a stage.
 
     Args:
         images: The images, each ``(1, 3, H, W)``.
-        maps: Of each the student-teacher and the student-autoencoder map, unnormalised, ``(2, 1, 1, H, W)``.
-        blind_edge: Pixels along the edges that the maps do not cover.
+        maps: Of each the student-teacher and the student-autoencoder map, ``(1, 2, h, w)``.
+        recalibrated: The same, recalibrated.
 
     Returns:
-        The mean of either map, and its attention bias where there are two or more images of one size.
+        The mean of either map, and its attention bias before and after recalibration where there are two or more images
+        of one size.
     """
-    values = torch.cat([pair.flatten(1).float().cpu() for pair in maps], dim=1)
-    figures = dict(zip(["held_out_map_st", "held_out_map_ae"], values.numpy().mean(axis=1).tolist(), strict=True))
+    figures = {}
+    for number, name in enumerate(("st", "ae")):
+        figures[f"held_out_map_{name}"] = float(torch.cat([m[:, number].flatten() for m in maps]).float().mean())
     if len(images) > 1 and len({image.shape for image in images}) == 1:
-        inside = slice(blind_edge, -blind_edge or None)
-        (st, ae), seen = torch.cat([*maps], dim=1)[..., inside, inside], torch.cat([*images])[..., inside, inside]
-        figures |= {"attention_bias_st": attention_bias(seen, st), "attention_bias_ae": attention_bias(seen, ae)}
+        seen = torch.cat([F.interpolate(image.float(), size=maps[0].shape[-2:], mode="area") for image in images])
+        for when, values in (("", torch.cat([*maps])), ("_recalibrated", torch.cat([*recalibrated]))):
+            for number, name in enumerate(("st", "ae")):
+                figures[f"attention_bias_{name}{when}"] = attention_bias(seen, values[:, number : number + 1])
     return figures

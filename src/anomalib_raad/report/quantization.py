@@ -62,9 +62,11 @@ def _draw(report: dict[str, Any], path: Path) -> None:
     scores.bar(names, [layer["score"] for layer in scored])
     scores.set(title="HQS score (Eq. 4)")
     labels = [stage["stage"].replace("_", " ") for stage in report["stages"]]
-    for name in ("st", "ae"):
-        bias = [stage.get(f"attention_bias_{name}", float("nan")) for stage in report["stages"]]
-        stages.plot(labels, bias, marker="o", label=f"map {name}")
+    for number, name in enumerate(("st", "ae")):
+        for when, style in (("", "-"), ("_recalibrated", "--")):
+            bias = [stage.get(f"attention_bias_{name}{when}", float("nan")) for stage in report["stages"]]
+            label = f"map {name}{when.replace('_', ', ')}"
+            stages.plot(labels, bias, style, color=f"C{number}", marker="o", label=label)
     stages.axhline(1, color="grey", linewidth=0.8)
     stages.set(title="attention bias on normal images")
     stages.legend()

@@ -79,9 +79,10 @@ def draw_figures(
     """Draw the figures of a finished run into its results folder.
 
     ``stages.png`` has some images, their masks and heatmaps, ``attention.png`` the mean heatmaps of at most 16 normal
-    and 16 anomalous images, ``layers.png`` the squared difference of teacher and student, averaged over the channels of
-    each layer; all stage by stage. The heatmaps of a figure share one scale, on which 0.1 is the 0.995-quantile of
-    held-out normal images. A layer has the same scale in all stages.
+    and 16 anomalous images, ``bias.png`` what recalibration divides the two maps by, ``layers.png`` the squared
+    difference of teacher and student, averaged over the channels of each layer; all stage by stage. The heatmaps of a
+    figure share one scale, on which 0.1 is the 0.995-quantile of held-out normal images. A layer has the same scale in
+    all stages.
 
     Args:
         results: Results folder of the run.
@@ -90,7 +91,7 @@ def draw_figures(
         data: Test images.
 
     Returns:
-        Paths of the three figures.
+        Paths of the four figures.
     """
     modules = [type(model).load_from_checkpoint(p, map_location=model.device).eval() for p in checkpoints.values()]
     stages: dict[str, Any] = dict(zip(checkpoints, (module.model for module in modules), strict=True))
@@ -112,9 +113,14 @@ def draw_figures(
             means.append((f"mean of {len(rows)} {kind}", mean))
     example = examples[0][1]["image"]
     layers = [(stage, {"image": example} | _layer_differences(net, example[None])) for stage, net in stages.items()]
+    biases = [
+        (f"{name} map", {stage: net.recalibration.bias[0, number] for stage, net in stages.items()})
+        for number, name in enumerate(("student-teacher", "student-autoencoder"))
+    ]
     return [
         _draw(results / "stages.png", examples, [list(stages)]),
         _draw(results / "attention.png", means, [list(stages)]),
+        _draw(results / "bias.png", biases, [list(stages)]),
         _draw(results / "layers.png", layers, [[column] for column in layers[0][1]]),
     ]
 

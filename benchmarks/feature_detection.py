@@ -93,6 +93,7 @@ def candidates(layers: Sequence[int], channels: int) -> list[Candidate]:
     """The features that are compared, all on the grid of the student's output."""
     model = RaadModel().eval()
     load_teacher_(model.teacher, "bundled", "small")
+    model.teacher.margin = 0  # only patches that lie whole in the image
     targets = PatchFeatures(OFFLINE_BACKBONE, layers, channels)
     info: Any = targets.backbone.feature_info
     shares = _owned(layers, [channels // len(layers)] * len(layers))
@@ -180,6 +181,7 @@ def by_student(
     torch.manual_seed(0)
     described = _normalized(features, normal)
     student = RaadModel().student.eval()
+    student.margin = 0
     inner, channels = student.head, described(normal[0]).shape[1]
     last = QuantConv2d.from_conv(nn.Conv2d(inner.in_channels, channels, cast("tuple[int, int]", inner.kernel_size)))
     student.set_submodule("conv4", last)

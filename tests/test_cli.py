@@ -20,12 +20,12 @@ def test_figures_draws_the_stages_and_looks_at_the_layers(finished_run, cells, t
     }  # fmt: skip
     config = {"model": {"class_path": "Raad"}, "data": {"class_path": "anomalib.data.Folder", "init_args": data}}
     (results / "config.yaml").write_text(yaml.safe_dump(config))
-    pictures = [results / f"{name}.png" for name in ("stages", "attention", "layers")]
+    pictures = [results / f"{name}.png" for name in ("stages", "attention", "bias", "layers")]
     for picture in pictures:
         picture.unlink()
     monkeypatch.chdir(tmp_path)
     run(monkeypatch, "figures", "--results", results)
-    written = capsys.readouterr().out.splitlines()[-4:]
+    written = capsys.readouterr().out.splitlines()[-5:]
     assert written == [str(path) for path in (*pictures, results / "diagnostics.png")]
     assert all(path.stat().st_size > 10_000 for path in pictures)
     found = json.loads((results / "diagnostics.json").read_text())

@@ -22,7 +22,7 @@ from anomalib.models import Raad, get_model, list_models
 paths = ["Raad", "anomalib.models.Raad", "anomalib_raad.Raad"]
 models = [get_model(name) for name in ("raad", "Raad", "RAAD")] + [get_model({"class_path": path}) for path in paths]
 models.append(get_model({"class_path": "Raad", "init_args": {"padding": True}}))
-print(json.dumps([type(model) is Raad for model in models] + ["raad" in list_models(), models[-1].model.padding]))
+print(json.dumps([type(model) is Raad for model in models] + ["raad" in list_models(), models[-1].padding]))
 """
 
 SPAWNED = """

@@ -153,7 +153,8 @@ def test_loco_has_its_own_metrics(cells, tmp_path) -> None:
 
 
 def test_an_interrupted_comparison_has_a_report_and_goes_on(folders, tmp_path, monkeypatch) -> None:
-    cell = {"test_images": 2, "steps": 0, "image_AUROC": 0.5, "bytes": 0, "heatmaps": {}}
+    cell = {"test_images": 2, "steps": 0, "image_AUROC": 0.5, "bytes": 0, "heatmaps": {}, "fit_seconds": 1.0}
+    cell["openvino_ms"] = 1.0
     cell["images"] = [{"image": "", "label": label, "score": 0.5} for label in (0, 1)]
     attempt = Mock(side_effect=[cell, {"error": "ValueError: second"}, KeyboardInterrupt, cell, cell])
     monkeypatch.setattr(grid, "attempt", attempt)

@@ -371,12 +371,12 @@ def test_early_stopping_waits_for_min_steps(cell_data, small_raad, engine) -> No
     assert model.record.step(Stage.TRAINED) == 11
 
 
-def test_the_held_out_loss_is_that_of_the_networks_as_they_are(cell_data, small_raad, engine) -> None:
-    """It falls as they learn."""
-    model, watch = small_raad(lr=1e-3), Watch(patience=1000)
-    engine(max_steps=60, logger=False, callbacks=[watch]).fit(model, datamodule=cell_data())
-    losses = [loss for step, loss, _ in watch.told if step <= model.record.step(Stage.TRAINED)]
-    assert losses[-1] < losses[0]
+def test_the_held_out_loss_is_the_same_for_the_same_weights(cell_data, small_raad, engine) -> None:
+    model, watch = small_raad(lr=1e-12, weight_decay=0.0), Watch(patience=1000)
+    engine(max_steps=20, logger=False, callbacks=[watch]).fit(model, datamodule=cell_data())
+    first, second, *_ = [loss for _, loss, _ in watch.told]
+    assert first > 0
+    assert second == pytest.approx(first, rel=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -245,3 +245,12 @@ def test_as_many_directions_as_channels_are_the_channels(untrained) -> None:
     same.set_teacher_(model.teacher, images)
     assert torch.equal(same.teacher.head.weight, model.teacher.head.weight)
     assert same.teacher_loaded
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0, 3000.0])
+def test_constant_maps_are_normalised_to_finite_ones(value: float) -> None:
+    model, image = RaadModel().eval(), torch.rand(1, 3, 64, 64)
+    model.set_map_quantiles_([torch.full((1, 2, 16, 16), value)])
+    low, high = model.map_quantiles.T
+    assert (high > low).all()
+    assert model(image).anomaly_map.isfinite().all()

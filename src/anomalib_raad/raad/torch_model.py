@@ -227,7 +227,8 @@ class RaadModel(nn.Module):
         """
         values = np.concatenate([both[0].flatten(1).float().cpu().numpy() for both in maps], axis=1)
         low, high = np.quantile(values, [0.9, 0.995], axis=1)
-        high = np.maximum(high, low + 1e-6)  # the maps of a part without any variation are constant
+        # The maps of a part without any variation are constant, and large where nothing has been learned.
+        high = np.maximum(high, low + 1e-6 + 1e-3 * np.abs(low))
         self.map_quantiles.copy_(torch.tensor(np.stack([low, high], axis=1)))
 
     @torch.no_grad()

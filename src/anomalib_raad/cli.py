@@ -85,12 +85,10 @@ def main() -> None:
         from .compare.grid import compare  # noqa: PLC0415  # plotting libraries that nothing else needs
         from .compare.parts import compare_parts  # noqa: PLC0415
 
-        from_file = any(argument.startswith("--config") for argument in arguments)
-        failed = (
-            auto_cli(compare, args=arguments, as_positional=False, prog="anomalib-raad compare")
-            if from_file
-            else (compare_parts(arguments))
-        )
+        if any(argument.startswith("--config") for argument in arguments):
+            failed = auto_cli(compare, args=arguments, as_positional=False, prog="anomalib-raad compare")
+        else:
+            failed = compare_parts(arguments)
         sys.exit(min(1, failed))
     elif command == "figures":
         auto_cli(figures, args=arguments, as_positional=False, prog="anomalib-raad figures")

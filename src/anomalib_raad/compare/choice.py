@@ -12,13 +12,18 @@ _COLUMNS = {"image_AUROC": "image AUROC", "pixel_AUPRO": "AU-PRO", "openvino_ms"
 _FEW = 0.05  # a wider interval of image AUROC than this on either side comes from few test images
 
 
+def _means(frame: pd.DataFrame, names: list[str]) -> pd.DataFrame:
+    """Each model's means over data sets of means over seeds."""
+    return frame.groupby(["data", "model"], sort=False)[names].mean().groupby("model", sort=False).mean()
+
+
 def choice(frame: pd.DataFrame) -> pd.DataFrame:
     """Each model's figures, means over data sets of means over seeds, as text."""
     costs = frame.assign(**{"MB": frame["megabytes"], "fit, minutes": frame["fit_seconds"] / 60}).rename(
         columns=_COLUMNS
     )
     names = [name for name in (*_COLUMNS.values(), "MB", "fit, minutes") if name in costs and costs[name].notna().any()]
-    means = costs.groupby(["data", "model"], sort=False)[names].mean().groupby("model", sort=False).mean()
+    means = _means(costs, names)
     texts = {name: means[name].map(lambda x: f"{x:.3f}" if x <= 1 else f"{x:.1f}") for name in names}
     return pd.DataFrame(texts).reset_index()
 
@@ -31,7 +36,7 @@ def advice(frame: pd.DataFrame, resampled: Mapping[str, Mapping[str, np.ndarray]
         resampled: For every data set and model image AUROC on resampled test images, see :mod:`~.bootstrap`.
     """
     costs = ["image_AUROC", "openvino_ms", "megabytes"]
-    means = frame.groupby(["data", "model"], sort=False)[costs].mean().groupby("model", sort=False).mean()
+    means = _means(frame, costs)
     auroc, milliseconds, megabytes = (dict(zip(map(str, means.index), means[name], strict=True)) for name in costs)
     if len(auroc) < 2:
         return ""

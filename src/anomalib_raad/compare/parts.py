@@ -46,8 +46,9 @@ def compare_parts(arguments: Sequence[str]) -> int:
     Returns:
         What :func:`~.grid.compare` returns.
     """
-    options = parser().parse_args(list(arguments))
-    given = parser().parse_args(list(arguments), defaults=False).data
+    command = parser()
+    options = command.parse_args(list(arguments))
+    given = command.parse_args(list(arguments), defaults=False).data  # only what the user says
     unknown = [name for name in options.models if name not in MODELS]
     if unknown:
         msg = f"unknown models {unknown}; there are {list(MODELS)}, and others in a file, see --config"

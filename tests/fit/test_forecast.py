@@ -23,5 +23,19 @@ def test_how_long_the_run_takes_is_said_once(caplog, monkeypatch) -> None:
     assert "--data.train_batch_size 1" in message
 
 
+def test_what_lies_between_the_stages_is_not_timed(caplog, monkeypatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    forecast, model = Forecast(), SimpleNamespace(schedule=Schedule(3, 1000))
+    trainer = SimpleNamespace(accumulate_grad_batches=1, datamodule=SimpleNamespace(train_batch_size=1))
+    with caplog.at_level("INFO"):
+        for step in range(1, 20):
+            now[0] += 100.0 if step == 4 else 1.0  # the fourth step is the first of stage 3
+            trainer.global_step = step
+            forecast.on_train_batch_end(trainer, model)
+    (message,) = caplog.messages
+    assert "of 1 image(s) at 1.00 s take" in message
+
+
 def test_raad_forecasts() -> None:
     assert any(isinstance(callback, Forecast) for callback in Raad(visualizer=False).configure_callbacks())

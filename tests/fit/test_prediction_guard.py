@@ -2,11 +2,14 @@ import pytest
 import torch
 from anomalib.data import ImageBatch
 from anomalib.data.utils import read_image
+from anomalib.pre_processing import PreProcessor
 from PIL import Image
 from torch.utils.data import DataLoader, TensorDataset
+from torchvision.transforms.v2 import CenterCrop, Compose, Resize
 
 from anomalib_raad.data.drift import ranges
 from anomalib_raad.fit.prediction_guard import check_scores
+from anomalib_raad.pre_processing import RaadPreProcessor
 
 
 @pytest.fixture
@@ -85,3 +88,10 @@ def test_a_checkpoint_of_another_image_size_warns(finished_run, small_raad, engi
     other = small_raad(pre_processor=small_raad.configure_pre_processor((96, 96)))
     engine(logger=False).test(other, datamodule=cell_data(), ckpt_path=path)
     assert "resizes images to (96, 96), and the checkpoint's model then to (64, 64)" in caplog.text
+
+
+def test_a_crop_is_no_second_size(small_raad, engine, cell_data, caplog) -> None:
+    model = small_raad(pre_processor=PreProcessor(transform=Compose([Resize((80, 80)), CenterCrop(64)])))
+    engine(logger=False).test(model, datamodule=cell_data())
+    assert isinstance(model.pre_processor, RaadPreProcessor)  # which resizes in exported models as here
+    assert "resizes images" not in caplog.text

@@ -272,6 +272,10 @@ def test_learning_rate_of_each_stage_and_stage_in_the_logger(cell_data, small_ra
     rows = pd.read_csv(Path(logger.log_dir) / "metrics.csv")
     assert rows["stage"].dropna().tolist() == [1, 1, 3, 3]
     assert rows["lr-Adam"].dropna().tolist() == pytest.approx([1e-3, 1e-4, 1e-5, 1e-6])
+    for stage in Stage:  # two of which have the same step
+        assert rows[f"{stage.value}_held_out_map_st"].dropna().tolist() == [
+            pytest.approx(model.record.stages[stage.value]["held_out_map_st"], rel=1e-5)
+        ]
 
 
 def test_penalty_and_plain_maps(cell_data, small_raad, engine, cells) -> None:
@@ -429,6 +433,20 @@ def test_too_few_images__error(cell_data, small_raad, engine, number: int) -> No
         engine(max_steps=2, logger=False).fit(small_raad(), datamodule=data)
 
 
+@pytest.mark.parametrize("split", [("none", 0.5), ("from_train", 0.1)])
+def test_no_image_for_the_thresholds__error(cell_data, small_raad, engine, split: tuple[str, float]) -> None:
+    """Of five images a tenth is none."""
+    data = cell_data(val_split_mode=split[0], val_split_ratio=split[1])
+    with pytest.raises(ValueError, match=r"validation set has no images.* above 0.20 takes at least one of the 5"):
+        engine(max_steps=2, logger=False).fit(small_raad(), datamodule=data)
+
+
+def test_a_model_that_gives_no_verdicts_needs_no_validation(cell_data, small_raad, engine) -> None:
+    model = small_raad(post_processor=False)
+    engine(max_steps=2, logger=False).fit(model, datamodule=cell_data(val_split_mode="none"))
+    assert model.model.quantized
+
+
 def test_checkpoint_of_another_model__error(tmp_path) -> None:
     torch.save({"state_dict": {}, "pytorch-lightning_version": "2.6.0"}, tmp_path / "other.ckpt")
     with pytest.raises(ValueError, match="not a checkpoint of Raad"):
@@ -551,7 +569,7 @@ def test_a_finished_run_without_limits__error(uninterrupted, cell_data, small_ra
 def test_an_engine_whose_limits_are_used_up__error(cell_data, small_raad, engine) -> None:
     model, runner = small_raad(bits=8), engine(max_steps=2, logger=False)
     runner.fit(model, datamodule=cell_data())
-    with pytest.raises(ValueError, match="this engine has fitted a model already"):
+    with pytest.raises(ValueError, match="this engine has trained 2 steps already"):
         runner.fit(model, datamodule=cell_data())
     assert model.model.quantized
 
@@ -575,7 +593,10 @@ def test_one_batch_goes_through_all_stages(cell_data, small_raad, engine) -> Non
     assert list(model.record.stages) == ["trained", "quantized", "fine_tuned"]
 
 
-@pytest.mark.parametrize("callback", [EarlyStopping("image_AUROC"), ModelCheckpoint(monitor="pixel_F1Score")])
+@pytest.mark.parametrize(
+    "callback",
+    [EarlyStopping("image_AUROC"), EarlyStopping("train_loss_epoch"), ModelCheckpoint(monitor="pixel_F1Score")],
+)
 def test_monitoring_what_training_does_not_log__error(cell_data, small_raad, engine, callback: Callback) -> None:
     with pytest.raises(ValueError, match=r"monitors '\w+', which does not exist during a fit"):
         engine(max_steps=4, logger=False, callbacks=[callback]).fit(small_raad(), datamodule=cell_data())
@@ -584,6 +605,32 @@ def test_monitoring_what_training_does_not_log__error(cell_data, small_raad, eng
 def test_a_stage_without_a_step__error(cell_data, small_raad, engine) -> None:
     with pytest.raises(ValueError, match="leave a stage without a step"):
         engine(max_steps=1, logger=False).fit(small_raad(), datamodule=cell_data())
+
+
+def test_an_interrupted_fit_goes_on_in_the_same_engine(cell_data, small_raad, engine, tmp_path) -> None:
+    class Interrupt(Callback):
+        def on_train_batch_start(self, trainer, *_) -> None:
+            if trainer.global_step == 2 and trainer.ckpt_path is None:
+                raise KeyboardInterrupt
+
+    callbacks = [SaveEvery(tmp_path / "steps", every_n_train_steps=1), Interrupt()]
+    model, data, runner = small_raad(), cell_data(), engine(max_steps=6, logger=False, callbacks=callbacks)
+    with pytest.raises(SystemExit):
+        runner.fit(model, datamodule=data)
+    assert len(data.train_dataloader()) == 5
+    assert runner.trainer.limit_val_batches == 1.0
+    with pytest.raises(ValueError, match="trained 2 steps already: give it the checkpoint to go on from"):
+        runner.fit(model, datamodule=data)
+    runner.fit(model, datamodule=data, ckpt_path=tmp_path / "steps" / "2.ckpt")
+    assert model.record.stages["fine_tuned"]["step"] == 6
+    assert model.post_processor.image_threshold.isfinite()
+
+
+def test_bars_are_drawn_where_the_trainer_draws_one(cell_data, small_raad, engine, capsys) -> None:
+    engine(max_steps=2, logger=False).fit(small_raad(closed_form=True), datamodule=cell_data())
+    assert "it/s" not in capsys.readouterr().err
+    engine(max_steps=2, logger=False, enable_progress_bar=True).fit(small_raad(), datamodule=cell_data())
+    assert "Checking the images" in capsys.readouterr().err
 
 
 def test_non_finite_loss_stops_with_good_weights(cell_data, small_raad, engine, tmp_path) -> None:

@@ -1,7 +1,7 @@
 """What is checked before a fit begins: what it would end in otherwise shows only hours later."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from numbers import Integral, Real
 from typing import Any
 
@@ -9,9 +9,9 @@ from anomalib.data import AnomalibDataModule
 from anomalib.data.transforms.utils import extract_transforms_by_type
 from lightning.pytorch import Trainer
 from torchvision.transforms.v2 import Normalize, Transform
-from tqdm import tqdm
 
 from anomalib_raad.data.readable import list_faults, unreadable
+from anomalib_raad.progress import progress
 
 from .trainer import monitors_of
 
@@ -48,33 +48,47 @@ def check_numbers(settings: Mapping[str, Any], needs: Mapping[str, Iterable[str]
                 raise ValueError(msg)
 
 
-def check_images(datamodule: AnomalibDataModule) -> None:
+def check_images(datamodule: AnomalibDataModule, validates: bool) -> None:
     """Read every image for training and validation.
 
+    Args:
+        datamodule: Its data must be set up.
+        validates: Whether the model's thresholds come from the validation images.
+
     Raises:
-        ValueError: If there are fewer than two training images, or an image cannot be read.
+        ValueError: If there are fewer than two training images, no validation image that is needed, or an image cannot
+            be read.
     """
     number = len(datamodule.train_data)
     if number < 2:
         msg = f"the training set has {number} image(s); one is needed to train on and one to hold out, better 20"
         raise ValueError(msg)
-    datasets = [datamodule.train_data, getattr(datamodule, "val_data", None)]
-    paths = [path for dataset in datasets if dataset is not None for path in dataset.samples.image_path]
-    if faults := unreadable(tqdm(paths, "Checking the images", leave=False)):
+    validation = getattr(datamodule, "val_data", None)
+    if validates and not validation:
+        msg = "the validation set has no images, and the thresholds come from it: with val_split_mode=from_train, a "
+        msg += f"val_split_ratio above {1 / number:.2f} takes at least one of the {number} training images"
+        raise ValueError(msg)
+    datasets = [datamodule.train_data, *([validation] if validation else [])]
+    paths = [path for dataset in datasets for path in dataset.samples.image_path]
+    if faults := unreadable(progress(paths, "Checking the images")):
         msg = f"{len(faults)} image(s) for training or validation cannot be used:\n{list_faults(faults)}"
         raise ValueError(msg)
 
 
-def check_monitors(trainer: Trainer) -> None:
+def check_monitors(trainer: Trainer, logged: Collection[str]) -> None:
     """Look at what callbacks watch: metrics of the validation exist at the end of a fit only.
 
+    Args:
+        trainer: Its callbacks are looked at.
+        logged: What training logs beside the loss on held-out images.
+
     Raises:
-        ValueError: If an ``EarlyStopping`` or a ``ModelCheckpoint`` watches a metric that training does not log.
+        ValueError: If an ``EarlyStopping`` or a ``ModelCheckpoint`` watches anything else.
     """
     for name, callback in monitors_of(trainer).items():
-        if name != HELD_OUT_LOSS and not name.startswith("train_"):
+        if name != HELD_OUT_LOSS and name not in logged:
             msg = f"{type(callback).__name__} monitors {name!r}, which does not exist during a fit: the model is "
-            msg += f"validated once, when it is finished. Monitor {HELD_OUT_LOSS}, train_loss, or nothing"
+            msg += f"validated once, when it is finished. Monitor {HELD_OUT_LOSS}, {', '.join(logged)}, or nothing"
             raise ValueError(msg)
 
 

@@ -19,20 +19,25 @@ class Plan(Protocol):
     def total(self) -> int:
         """Optimizer steps."""
 
+    def stage(self, step: int) -> object:
+        """Which stage a step belongs to."""
+
 
 class Forecast(Callback):
     """Tells once how long the run of a model with a ``schedule`` will take."""
 
     def __init__(self) -> None:
         self._clock: StepClock | None = None
+        self._stage: object = None
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """Count the steps of this process."""
-        if self._clock is None:
-            self._clock = StepClock(trainer.global_step - 1)
-        if self._clock.tick(trainer.global_step):
-            plan, images = cast("Plan", pl_module.schedule), images_a_step(trainer)
-            seconds = self._clock.found
+        plan = cast("Plan", pl_module.schedule)
+        stage = plan.stage(trainer.global_step - 1)
+        if self._clock is None or (stage != self._stage and not self._clock.found):  # stages do other work between them
+            self._clock, self._stage = StepClock(trainer.global_step - 1), stage
+        elif self._clock.tick(trainer.global_step):
+            images, seconds = images_a_step(trainer), self._clock.found
             steps = plan.total - trainer.global_step
             hours, minutes = divmod(round(steps * seconds / 60), 60)
             logger.info(

@@ -8,7 +8,8 @@ import torch
 from anomalib.data import AnomalibDataModule
 from torch.utils.data import DataLoader, Sampler
 from torchvision.transforms.v2 import Transform
-from tqdm import tqdm
+
+from anomalib_raad.progress import progress
 
 
 class ResumableBatches(Sampler[list[int]]):
@@ -121,7 +122,7 @@ class NormalImages:
 
     def prepared(self, indices: Sequence[int], description: str) -> Iterator[torch.Tensor]:
         """Yield images without augmentation as the networks see them, under a progress bar."""
-        for image in tqdm(self.plain(indices), description, total=len(indices), leave=False):
+        for image in progress(self.plain(indices), description, len(indices)):
             yield self.transform(image.to(self.device)) if self.transform else image.to(self.device)
 
     def paths(self, indices: Sequence[int]) -> list[str]:

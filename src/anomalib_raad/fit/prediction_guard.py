@@ -10,7 +10,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from torch.utils.data import DataLoader
-from torchvision.transforms.v2 import Resize
+from torchvision.transforms.v2 import Resize, Transform
 
 from anomalib_raad.data.drift import Ranges, differences
 from anomalib_raad.data.readable import list_faults, unreadable
@@ -27,8 +27,8 @@ class Guarded(Protocol):
         """What a run has found out."""
 
     @property
-    def input_size(self) -> tuple[int, int] | None:
-        """Height and width that the pre-processor resizes to."""
+    def transform(self) -> Transform | None:
+        """What the pre-processor does to images."""
 
     post_processor: torch.nn.Module | None
 
@@ -122,13 +122,18 @@ def _loaders(loaders: Any) -> list[DataLoader]:  # noqa: ANN401  # one of the ma
 
 def _warn_of_two_sizes(loaders: Any, pl_module: LightningModule) -> None:  # noqa: ANN401
     """A datamodule resizes as the model did that was passed to the engine, whatever a checkpoint says."""
-    goal = cast("Guarded", pl_module).input_size
+    goals = _sizes(cast("Guarded", pl_module).transform)
     for loader in _loaders(loaders):
-        for resize in extract_transforms_by_type(getattr(loader.dataset, "augmentations", None), Resize):
-            if goal and tuple(resize.size) != tuple(goal):
+        if other := [size for size in _sizes(getattr(loader.dataset, "augmentations", None)) if size not in goals]:
+            if goals:
                 logger.warning(
                     "the datamodule resizes images to %s, and the checkpoint's model then to %s: it has not been "
                     "trained on such images. Pass the engine a model made by load_from_checkpoint.",
-                    *(tuple(resize.size), tuple(goal)),
+                    *(other[0], goals[0]),
                 )
-                return
+            return
+
+
+def _sizes(transform: Transform | None) -> list[tuple[int, ...]]:
+    """What a transform resizes to."""
+    return [tuple(resize.size) for resize in extract_transforms_by_type(transform, Resize)]

@@ -3,8 +3,11 @@
 from typing import Any
 
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, EarlyStopping
+from lightning.pytorch.trainer.states import TrainerFn
+
+_PUT_OFF = "raad_limit_val_batches"
 
 
 def datamodule_of(trainer: Trainer) -> Any:  # noqa: ANN401  # of any class, None where there are only loaders
@@ -25,6 +28,27 @@ def images_a_step(trainer: Trainer) -> int:
 def stop_not_before(trainer: Trainer, step: int) -> None:
     """Let the trainer go on when a callback asks it to stop before a step; who asked is seen in ``should_stop``."""
     trainer.fit_loop.epoch_loop.min_steps = step
+
+
+def put_off_validation(trainer: Trainer) -> None:
+    """Validate no more, until :func:`allow_validation`."""
+    vars(trainer).setdefault(_PUT_OFF, trainer.limit_val_batches)
+    trainer.limit_val_batches = 0
+
+
+def allow_validation(trainer: Trainer) -> None:
+    """Validate again as before :func:`put_off_validation`; nothing if that was not called."""
+    trainer.limit_val_batches = vars(trainer).pop(_PUT_OFF, trainer.limit_val_batches)
+
+
+class TidyUp(Callback):
+    """Lets a model's ``teardown`` follow on a fit that is interrupted as well; Lightning leaves it out."""
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Tidy up."""
+        del exception
+        if trainer.state.fn == TrainerFn.FITTING:
+            pl_module.teardown("fit")
 
 
 def monitors_of(trainer: Trainer) -> dict[str, Callback]:

@@ -19,7 +19,8 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
-from tqdm import trange
+
+from anomalib_raad.progress import progress
 
 from .layers import QuantConv2d, other_quantizers, quantizable_layers
 from .quantizers import InputQuantizer
@@ -217,11 +218,11 @@ def _learn_(
             {"params": [scale.log_factor for scale in scales], "lr": settings.scale_lr},
         ]
     )
-    for iteration in trange(settings.iterations, desc=f"Reconstruction of {names}", leave=False):
+    for iteration in progress(range(settings.iterations), f"Reconstruction of {names}"):
         loss = error()
-        progress = (iteration / settings.iterations - _WARM_UP) / (1 - _WARM_UP)
-        if progress >= 0:
-            beta = _BETA_START + (_BETA_END - _BETA_START) * progress
+        done = (iteration / settings.iterations - _WARM_UP) / (1 - _WARM_UP)
+        if done >= 0:
+            beta = _BETA_START + (_BETA_END - _BETA_START) * done
             regularizers = torch.cat([rounding.regularizer(beta).flatten() for rounding in roundings])
             loss = loss + settings.regularization * regularizers.mean()
         optimizer.zero_grad()

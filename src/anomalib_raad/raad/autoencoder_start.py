@@ -6,7 +6,8 @@ from collections.abc import Iterable, Sequence
 
 import torch
 from torch.nn import functional as F  # noqa: N812
-from tqdm import tqdm, trange
+
+from anomalib_raad.progress import progress
 
 from .losses import squared_difference
 from .torch_model import RaadModel
@@ -38,7 +39,7 @@ def train_autoencoder_(
         batch_size: Images a step.
         seconds: No step begins after so many seconds.
     """
-    known = zip(tqdm(images, "The autoencoder's targets", leave=False), teacher_features, strict=True)
+    known = zip(progress(images, "The autoencoder's targets"), teacher_features, strict=True)
     targets = torch.cat([_autoencoder_target(model.normalized_teacher(*pair)) for pair in known])
     optimizer = torch.optim.Adam(model.ae.parameters(), lr=_LR)
     warm_up = torch.optim.lr_scheduler.LinearLR(optimizer, 1 / _WARM_UP, total_iters=_WARM_UP)
@@ -47,7 +48,7 @@ def train_autoencoder_(
     with torch.random.fork_rng(devices), torch.enable_grad():
         torch.manual_seed(seed)
         end = time.monotonic() + seconds
-        for _ in trange(steps, desc="Autoencoder's first steps", leave=False):
+        for _ in progress(range(steps), "Autoencoder's first steps"):
             if time.monotonic() >= end:
                 break
             chosen = torch.randint(len(images), (batch_size,)).tolist()

@@ -25,7 +25,6 @@ from anomalib.visualization import Visualizer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torchvision.transforms.v2 import Resize, Transform
-from tqdm import tqdm
 
 from anomalib_raad.data.drift import ranges
 from anomalib_raad.data.penalty import PenaltyImages
@@ -38,16 +37,20 @@ from anomalib_raad.fit.modes import evaluating, randomness
 from anomalib_raad.fit.prediction_guard import PredictionGuard
 from anomalib_raad.fit.time_budget import StepClock, TimeBudget
 from anomalib_raad.fit.trainer import (
+    TidyUp,
+    allow_validation,
     datamodule_of,
     forget_best,
     images_a_step,
     is_dev_run,
     monitors_of,
+    put_off_validation,
     stop_not_before,
 )
 from anomalib_raad.post_processing import RaadPostProcessor, check_thresholds
 from anomalib_raad.pre_processing import RaadPreProcessor
 from anomalib_raad.precision import warn_of_slow_precision
+from anomalib_raad.progress import progress, shown
 from anomalib_raad.quantization.allocation import DEFAULT_AVERAGE_BITS, Allocation
 from anomalib_raad.quantization.layers import quantizable_layers
 from anomalib_raad.quantization.recipe import aligned_weights, quantize_
@@ -187,6 +190,8 @@ class Raad(AnomalibModule):
         visualizer: Visualizer | bool = True,
     ) -> None:
         super().__init__(pre_processor, post_processor, evaluator, visualizer)
+        if type(self.pre_processor) is PreProcessor:  # the user's, which would resize otherwise after export
+            self.pre_processor = RaadPreProcessor(transform=self.pre_processor.transform)
         check_numbers(self.hparams, _NEEDS)
         check_numbers({f"lambdas[{i}]": value for i, value in enumerate(lambdas)}, _LAMBDAS)
         if channels > CHANNELS:
@@ -223,6 +228,7 @@ class Raad(AnomalibModule):
         """Check the settings and the data before training starts."""
         if type(self.trainer.strategy.checkpoint_io) is AnomalibCheckpointIO:  # the user's own stays
             self.trainer.strategy.checkpoint_io = AtomicCheckpointIO()
+        shown.set(self.trainer.progress_bar_callback is not None)
         if stage != "fit":
             return
         self._budget = TimeBudget.taken_from(self.trainer)
@@ -230,14 +236,9 @@ class Raad(AnomalibModule):
         if datamodule is None:
             msg = "Raad splits its training images itself: pass a datamodule to fit, not dataloaders"
             raise ValueError(msg)
-        if self.run_seed >= 0 and self.trainer.ckpt_path is None:
-            if self.trainer.global_step:
-                msg = "this engine has fitted a model already and its limits are used up; fit again with a new Engine"
-                raise ValueError(msg)
-            self._begin_anew()
         warn_of_slow_precision(self.trainer)
-        check_monitors(self.trainer)
-        check_images(datamodule)
+        check_monitors(self.trainer, [f"train_{name}" for name in ("loss", *Losses._fields)])
+        check_images(datamodule, getattr(self.post_processor, "enable_thresholding", False))
         check_transform(self.transform, self.input_size, MIN_IMAGE_SIZE, MAX_IMAGE_SIZE)
         if self.penalty_dir is not None:
             self._penalty = PenaltyImages(self.penalty_dir)
@@ -254,6 +255,12 @@ class Raad(AnomalibModule):
 
     def on_fit_start(self) -> None:
         """Fix the run's seed and with it the split and the order of the training images."""
+        if self.run_seed >= 0 and self.trainer.ckpt_path is None:
+            if self.trainer.global_step:
+                msg = f"this engine has trained {self.trainer.global_step} steps already: give it the checkpoint to go "
+                msg += "on from (ckpt_path), or fit anew with a new Engine"
+                raise ValueError(msg)
+            self._begin_anew()
         if self.run_seed < 0:
             self.run_seed.fill_(self.trainer.strategy.broadcast(torch.initial_seed() % 2**31))
         self._images = NormalImages(
@@ -286,7 +293,7 @@ class Raad(AnomalibModule):
         if not self.model.teacher_normalized:  # a fresh run, not a resumed one
             self._once(self._prepare_model)
         # The only use of validation is to set the thresholds of the finished model: it runs once, at the end.
-        self._limit_val_batches, self.trainer.limit_val_batches = self.trainer.limit_val_batches, 0
+        put_off_validation(self.trainer)
 
     def _make_schedule(self) -> Schedule:
         full, planned = self.full_schedule, self.record.plan
@@ -339,7 +346,7 @@ class Raad(AnomalibModule):
 
     def _set_teacher_statistics(self) -> None:
         images, features = self._calibration()
-        self.model.set_teacher_statistics_(tqdm(features, "Teacher statistics", total=len(images), leave=False))
+        self.model.set_teacher_statistics_(progress(features, "Teacher statistics", len(images)))
 
     def configure_optimizers(self) -> Any:  # noqa: ANN401  # one of the many forms Lightning takes
         """Adam on student and autoencoder, with a learning rate for each stage."""
@@ -411,7 +418,7 @@ class Raad(AnomalibModule):
             self._follow(Schedule(train_steps, step + 1 - train_steps))
         else:
             self._follow(Schedule(step, self.schedule.total - step))
-        logger.info("Raad was asked to stop after %d steps: now %s.", step, self.schedule)
+        logger.warning("Raad was asked to stop after %d steps: now %s.", step, self.schedule)
 
     def _lay_out(self) -> None:
         """Choose the schedule that fits the time that is left; all processes take the first one's."""
@@ -455,15 +462,16 @@ class Raad(AnomalibModule):
                 folder = Path(self.trainer.default_root_dir)
                 picture = write_report(folder, self.model, self.record.outcome, stages)
                 log_figures(self.loggers, [picture], self.global_step + 1)
-            self.trainer.limit_val_batches = self._limit_val_batches
+            allow_validation(self.trainer)
             self.trainer.should_stop = True  # lets Lightning validate even in the middle of an epoch
 
     def teardown(self, stage: str) -> None:
         """Give the datamodule its own training loader back."""
         if stage == "fit":
+            allow_validation(self.trainer)
             self._teacher_features.clear()
-            self._images.release()
-            del self._images  # it refers to the datamodule, which must not be pickled with the model
+            if images := vars(self).pop("_images", None):  # the datamodule must not be pickled with the model
+                images.release()
 
     # -------------------------------------------------------------------------------------------- the ends of stages
 
@@ -500,7 +508,7 @@ class Raad(AnomalibModule):
             **figures,
         }
         for metrics_logger in self.loggers:
-            metrics_logger.log_metrics(figures, step=step)
+            metrics_logger.log_metrics({f"{stage.value}_{name}": value for name, value in figures.items()}, step=step)
         callback = self.trainer.checkpoint_callback
         folder = callback.dirpath if isinstance(callback, ModelCheckpoint) and not is_dev_run(self.trainer) else None
         if folder and stage is not Stage.FINE_TUNED:
@@ -523,7 +531,7 @@ class Raad(AnomalibModule):
             if self.recalibrate:
                 calibration = self._images.prepared(self._images.calibration, "Bias of the maps")
                 model.recalibration.fit_([model.maps(image) for image in calibration])
-            maps = [model.maps(image) for image in tqdm(images, "Map quantiles", leave=False)]
+            maps = [model.maps(image) for image in progress(images, "Map quantiles")]
             recalibrated = [model.recalibration(both) for both in maps]
         if self.normalize_maps:
             model.set_map_quantiles_(recalibrated)
@@ -575,7 +583,7 @@ class Raad(AnomalibModule):
 
     def configure_callbacks(self) -> list[Callback]:
         """anomalib's, and before them a guard that sees images as they are on the disk."""
-        return [PredictionGuard(), Forecast(), *cast("list[Callback]", super().configure_callbacks())]
+        return [PredictionGuard(), Forecast(), TidyUp(), *cast("list[Callback]", super().configure_callbacks())]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Save the record with the model, if its weights are finite."""

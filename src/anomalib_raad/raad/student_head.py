@@ -5,8 +5,8 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
+from anomalib_raad.progress import progress
 from anomalib_raad.quantization.layers import QuantConv2d, quantizable_layers
 
 from .networks import PatchDescriptionNetwork
@@ -79,7 +79,7 @@ class StudentHead(nn.Module):
         generator, each = torch.Generator().manual_seed(seed), math.ceil(samples / len(images))
 
         def examples() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-            bar = tqdm(images, "Solving the student's last layer", leave=False)
+            bar = progress(images, "Solving the student's last layer")
             for image, target in zip(bar, targets, strict=True):
                 yield sample(layer, student.head_input(image), target, each, generator)
 

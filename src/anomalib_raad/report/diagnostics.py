@@ -13,8 +13,8 @@ from typing import NamedTuple
 
 import matplotlib.pyplot as plt
 import torch
-from tqdm import tqdm
 
+from anomalib_raad.progress import progress
 from anomalib_raad.quantization.layers import quantizable_layers
 from anomalib_raad.quantization.recipe import Place, Quantizable, layers_of, recorded_inputs
 from anomalib_raad.quantization.uniform import BITS, fake_quantize, search_weight_scale, weight_range
@@ -132,7 +132,7 @@ def _sensitivity(
         return float((maps(trial) - before).abs().mean() / before.mean())
 
     before = maps(model)
-    bar = tqdm(quantizable_layers(model.teacher), "Sensitivity of the layers", leave=False)
+    bar = progress(quantizable_layers(model.teacher), "Sensitivity of the layers")
     return {name: {bits: move(name, bits) for bits in BITS} for name in bar}
 
 

@@ -17,9 +17,9 @@ from anomalib.visualization import ImageVisualizer
 from lightning.fabric.loggers.logger import Logger
 from lightning.pytorch import LightningModule, Trainer
 from PIL import Image
-from tqdm import tqdm
 
 from anomalib_raad.fit.trainer import datamodule_of
+from anomalib_raad.progress import progress
 from anomalib_raad.quantization.layers import quantizable_layers
 from anomalib_raad.quantization.recipe import Quantizable
 
@@ -100,7 +100,7 @@ def draw_figures(
     for kind, label, shown in (("anomalous", 1, _SHOWN), ("normal", 0, 1)):
         indices = _spread(np.flatnonzero(labels == label).tolist(), _AVERAGED)
         rows = []
-        for index in tqdm(indices, f"Heatmaps of {kind} images", leave=False):
+        for index in progress(indices, f"Heatmaps of {kind} images"):
             item = data[index]
             image = cast("torch.Tensor", item.image)[None].to(model.device)
             image = modules[0].pre_processor(image) if modules[0].pre_processor else image

@@ -443,7 +443,7 @@ def test_no_image_for_the_thresholds__error(cell_data, small_raad, engine, split
 
 def test_a_model_that_gives_no_verdicts_needs_no_validation(cell_data, small_raad, engine) -> None:
     model = small_raad(post_processor=False)
-    engine(max_steps=2, logger=False).fit(model, datamodule=cell_data(val_split_mode="none"))
+    engine(max_steps=2, logger=False).fit(model, datamodule=cell_data(val_split_mode="from_train", val_split_ratio=0.1))
     assert model.model.quantized
 
 

@@ -247,6 +247,42 @@ def test_as_many_directions_as_channels_are_the_channels(untrained) -> None:
     assert same.teacher_loaded
 
 
+def test_what_is_explained_is_the_share_of_the_teachers_variance(untrained) -> None:
+    model, (image, *_) = untrained
+    with torch.no_grad():
+        explained = model.explained_variance(image)
+        teacher = ((model.teacher(image) - model.teacher_mean) / model.teacher_std).double()
+        student, autoencoder = model.student(image)[:, :384], model.ae(image, teacher.shape[-2:])
+    for share, prediction in zip(explained.tolist(), (student, autoencoder), strict=True):
+        assert share == pytest.approx(
+            1 - float((teacher - prediction).square().sum() / teacher.square().sum()), abs=1e-5
+        )
+
+
+@pytest.mark.parametrize(
+    ("explained", "weights"),
+    [((0.9, 0.3), (0.75, 0.25)), ((0.4, -0.1), (1.0, 0.0)), ((-0.2, -0.1), (0.5, 0.5))],
+)
+def test_a_map_counts_as_much_as_its_network_explains(explained: tuple, weights: tuple) -> None:
+    model, image = RaadModel(out_channels=16).eval(), torch.rand(1, 3, 64, 64)
+    model.weigh_maps_(torch.tensor(explained))
+    assert model.map_weights.tolist() == pytest.approx(weights)
+    with torch.no_grad():
+        both = interpolate(model.recalibration(model.maps(image)), size=(64, 64), mode="bilinear")[0]
+        expected = weights[0] * both[0] + weights[1] * both[1]
+        torch.testing.assert_close(model(image).anomaly_map[0, 0], expected, rtol=1e-4, atol=1e-6)
+    model.begin_anew_()
+    assert model.map_weights.tolist() == [0.5, 0.5]
+
+
+def test_parts_of_one_colour_weigh_both_maps_alike() -> None:
+    model, image = RaadModel(out_channels=16).eval(), torch.full((1, 3, 64, 64), 0.5)
+    with torch.no_grad():
+        model.set_teacher_statistics_([model.teacher(image)])
+        model.weigh_maps_(model.explained_variance(image))
+    assert model.map_weights.tolist() == [0.5, 0.5]
+
+
 @pytest.mark.parametrize("value", [0.0, 1.0, 3000.0])
 def test_constant_maps_are_normalised_to_finite_ones(value: float) -> None:
     model, image = RaadModel().eval(), torch.rand(1, 3, 64, 64)

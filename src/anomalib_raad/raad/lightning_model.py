@@ -120,7 +120,8 @@ class Raad(AnomalibModule):
         lambdas: Weights of L_ts, L_aes and L_tae in Eq. 6.
         penalty_dir: Folder with images of anything but the part, for EfficientAD's penalty. ``None``: no penalty.
         recalibrate: Divide the two maps by what normal training images show at the same place.
-        normalize_maps: Normalise the two maps by their quantiles on held-out normal images before averaging them.
+        normalize_maps: Normalise the two maps by their quantiles on held-out normal images, and weigh them by what
+            student and autoencoder explain of the teacher there. ``False``: their plain mean.
         bits: ``None`` lets HQS choose; a number quantizes every inner layer of teacher and student to as many bits; a
             mapping names the bits of single layers.
         average_bits: HQS takes bits away from the layers with the lowest scores until a weight of teacher and student
@@ -521,10 +522,11 @@ class Raad(AnomalibModule):
             self.model.solve_student_(*self._calibration(), int(self.run_seed), samples)
 
     def look_at_held_out(self) -> dict[str, float]:
-        """Recalibrate and normalise the maps of the model as it is now, during a fit.
+        """Recalibrate, normalise and weigh the maps of the model as it is now, during a fit.
 
         Returns:
-            What their maps say, see :func:`~.attention_bias.held_out_figures`.
+            What their maps say, see :func:`~.attention_bias.held_out_figures`, and what student and autoencoder explain
+            of the teacher.
         """
         model, images = self.model, list(self._images.prepared(self._images.held_out, "Reading the held-out images"))
         with self._evaluating():
@@ -533,9 +535,12 @@ class Raad(AnomalibModule):
                 model.recalibration.fit_([model.maps(image) for image in calibration])
             maps = [model.maps(image) for image in progress(images, "Map quantiles")]
             recalibrated = [model.recalibration(both) for both in maps]
+            explained = torch.stack([model.explained_variance(image) for image in images]).mean(0)
         if self.normalize_maps:
             model.set_map_quantiles_(recalibrated)
-        return held_out_figures(images, maps, recalibrated)
+            model.weigh_maps_(explained)
+        shares = {f"explained_{name}": float(share) for name, share in zip(("st", "ae"), explained, strict=True)}
+        return held_out_figures(images, maps, recalibrated) | shares
 
     # ----------------------------------------------------------------------------------------------------- helpers
 

@@ -101,7 +101,7 @@ class Plan:
     def seconds(self, pace: Pace, validation_images: int) -> tuple[float, float]:
         """What is to be done from the end of stage 1 on beside steps, and the part of it that comes after stage 3."""
         solution = pace.solution + self.samples * pace.position + self.calibration_images * pace.image
-        looks = self.held_out_images + self.calibration_images  # quantiles, and the bias of the maps
+        looks = 2 * self.held_out_images + self.calibration_images  # quantiles and weights, and the bias of the maps
         ends = solution + looks * pace.image * _QUANTIZED
         scores = (self.held_out_images + 2 * self.calibration_images) * pace.image + 2 * pace.solution
         reconstruction = 2 * self.iterations * pace.image * _ITERATION * _STEP

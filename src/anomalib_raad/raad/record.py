@@ -9,7 +9,7 @@ from anomalib_raad.quantization.recipe import Outcome
 from .plan import Plan
 from .schedule import Stage
 
-FORMAT = 2
+FORMAT = 3
 """Of checkpoints; a model of another format is not read."""
 
 

@@ -18,6 +18,7 @@ from .student_head import SAMPLES, StudentHead
 
 MIN_IMAGE_SIZE, MAX_IMAGE_SIZE = 64, 1024
 _PLAIN_MAPS = [[0.0, 0.1], [0.0, 0.1]]  # quantiles that leave the maps as they are
+_EQUAL_WEIGHTS = [0.5, 0.5]
 
 
 class RaadModel(nn.Module):
@@ -39,6 +40,7 @@ class RaadModel(nn.Module):
     teacher_mean: torch.Tensor
     teacher_std: torch.Tensor
     map_quantiles: torch.Tensor
+    map_weights: torch.Tensor
     teacher_loaded: torch.Tensor
     teacher_normalized: torch.Tensor
 
@@ -65,6 +67,7 @@ class RaadModel(nn.Module):
         self.register_buffer("teacher_std", torch.ones(1, out_channels, 1, 1))
         # Rows: student-teacher map, student-autoencoder map; columns: q_a and q_b.
         self.register_buffer("map_quantiles", torch.tensor(_PLAIN_MAPS))
+        self.register_buffer("map_weights", torch.tensor(_EQUAL_WEIGHTS))
         self.register_buffer("teacher_loaded", torch.zeros((), dtype=torch.bool))
         self.register_buffer("teacher_normalized", torch.zeros((), dtype=torch.bool))
         self.train()
@@ -104,9 +107,10 @@ class RaadModel(nn.Module):
         if self.training:
             return self.losses(image, penalty_image, teacher_features)
         low, high = self.map_quantiles.T.unsqueeze(-1).unsqueeze(-1)
-        # Mean of EfficientAD's normalised maps: the q_a-quantile of normal images becomes 0, the q_b-quantile 0.1.
-        # Taken before the resize, which is linear: one instead of two.
-        cell_map = 0.1 * ((self.recalibration(self.maps(image)) - low) / (high - low)).mean(dim=1, keepdim=True)
+        # Weighted mean of EfficientAD's normalised maps: the q_a-quantile of normal images becomes 0, the q_b-quantile
+        # 0.1. Taken before the resize, which is linear: one instead of two.
+        normalized = 0.1 * (self.recalibration(self.maps(image)) - low) / (high - low)
+        cell_map = (normalized * self.map_weights.view(1, 2, 1, 1)).sum(dim=1, keepdim=True)
         anomaly_map = F.interpolate(cell_map, size=image.shape[-2:], mode="bilinear", align_corners=False)
         return InferenceBatch(pred_score=anomaly_map.amax(dim=(-2, -1)), anomaly_map=anomaly_map)
 
@@ -149,6 +153,17 @@ class RaadModel(nn.Module):
         map_st = squared_difference(self.normalized_teacher(image), to_teacher).mean(dim=1, keepdim=True)
         map_ae = squared_difference(self.ae(image, student.shape[-2:]), to_autoencoder).mean(dim=1, keepdim=True)
         return F.pad(torch.cat([map_st, map_ae], dim=1), [self.student.unseen] * 4, mode="replicate")
+
+    def explained_variance(self, image: torch.Tensor) -> torch.Tensor:
+        """What student and autoencoder explain of the teacher's variance on images ``(N, 3, H, W)`` in [0, 1].
+
+        Returns:
+            ``R^2(X) = 1 - mean (T' - X)^2 / mean T'^2`` of either, shape ``(2,)``; ``T'`` is the normalised teacher.
+        """
+        teacher = self.normalized_teacher(image)
+        predictions = self.student(image, slice(None, self.out_channels)), self.ae(image, teacher.shape[-2:])
+        errors = torch.stack([squared_difference(teacher, prediction).mean() for prediction in predictions])
+        return 1 - errors / teacher.float().square().mean().clamp(min=1e-6)  # parts of one colour have no variance
 
     def normalized_teacher(self, image: torch.Tensor, teacher_features: torch.Tensor | None = None) -> torch.Tensor:
         """Teacher features with mean 0 and deviation 1 in each channel on normal images, ``(N, C, h, w)``."""
@@ -216,6 +231,7 @@ class RaadModel(nn.Module):
         self.teacher_loaded.fill_(value=False)
         self.teacher_normalized.fill_(value=False)
         self.map_quantiles.copy_(torch.tensor(_PLAIN_MAPS))
+        self.map_weights.copy_(torch.tensor(_EQUAL_WEIGHTS))
         self.recalibration.reset_()
 
     @torch.no_grad()
@@ -230,6 +246,21 @@ class RaadModel(nn.Module):
         # The maps of a part without any variation are constant, and large where nothing has been learned.
         high = np.maximum(high, low + 1e-6 + 1e-3 * np.abs(low))
         self.map_quantiles.copy_(torch.tensor(np.stack([low, high], axis=1)))
+
+    @torch.no_grad()
+    def weigh_maps_(self, explained: torch.Tensor) -> None:
+        """Let each map count as much as its network explains of the teacher on normal images.
+
+            w_st : w_ae = R^2(S) : R^2(A)
+
+        The map of a network that has learned nothing of the part says the same of a defect as of anything else.
+
+        Args:
+            explained: See :meth:`explained_variance`; less than nothing is nothing.
+        """
+        explained = explained.clamp(min=0)
+        equal = self.map_weights.new_tensor(_EQUAL_WEIGHTS)
+        self.map_weights.copy_(explained / explained.sum() if explained.any() else equal)
 
     @torch.no_grad()
     def solve_student_(

@@ -123,15 +123,14 @@ def _loaders(loaders: Any) -> list[DataLoader]:  # noqa: ANN401  # one of the ma
 def _warn_of_two_sizes(loaders: Any, pl_module: LightningModule) -> None:  # noqa: ANN401
     """A datamodule resizes as the model did that was passed to the engine, whatever a checkpoint says."""
     goals = _sizes(cast("Guarded", pl_module).transform)
-    for loader in _loaders(loaders):
-        if other := [size for size in _sizes(getattr(loader.dataset, "augmentations", None)) if size not in goals]:
-            if goals:
-                logger.warning(
-                    "the datamodule resizes images to %s, and the checkpoint's model then to %s: it has not been "
-                    "trained on such images. Pass the engine a model made by load_from_checkpoint.",
-                    *(other[0], goals[0]),
-                )
-            return
+    augmentations = [getattr(loader.dataset, "augmentations", None) for loader in _loaders(loaders)]
+    others = [size for transform in augmentations for size in _sizes(transform) if size not in goals]
+    if goals and others:
+        logger.warning(
+            "the datamodule resizes images to %s, and the checkpoint's model then to %s: it has not been trained on "
+            "such images. Pass the engine a model made by load_from_checkpoint.",
+            *(others[0], goals[0]),
+        )
 
 
 def _sizes(transform: Transform | None) -> list[tuple[int, ...]]:

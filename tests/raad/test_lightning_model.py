@@ -1,6 +1,8 @@
 import json
 from copy import deepcopy
+from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -496,13 +498,12 @@ def test_fit_again_begins_a_run_of_its_own(uninterrupted, cell_data, engine) -> 
 
 @pytest.fixture(params=[3.0])
 def time_left(request, monkeypatch) -> None:
-    """Time that never passes, and work beside the steps that takes none."""
+    """Time that never passes, work beside the steps that takes none, and a clock that no other work slows down."""
+    clock = count(step=0.1)
     monkeypatch.setattr(TimeBudget, "remaining", property(lambda _: request.param))
     monkeypatch.setattr("anomalib_raad.raad.lightning_model.measure_pace", lambda *_, **__: Pace(0, 0, 0))
     monkeypatch.setattr("anomalib_raad.raad.plan._FIXED", 0.0)
-    monkeypatch.setattr(
-        "anomalib_raad.fit.time_budget._ENOUGH", np.inf
-    )  # the clock counts steps, however slow they are
+    monkeypatch.setattr("anomalib_raad.fit.time_budget.time", SimpleNamespace(monotonic=lambda: next(clock)))
 
 
 @pytest.mark.usefixtures("time_left")

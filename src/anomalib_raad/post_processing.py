@@ -1,5 +1,7 @@
 """Scores between 0 and 1 that keep their order."""
 
+from typing import TypeGuard
+
 import torch
 from anomalib.post_processing import PostProcessor
 from lightning.pytorch import LightningModule, Trainer
@@ -17,15 +19,18 @@ def squash(scores: torch.Tensor) -> torch.Tensor:
     return 0.5 + 0.5 * scores / (1 + scores.abs())
 
 
+def gives_verdicts(post_processor: nn.Module | None) -> TypeGuard[PostProcessor]:
+    """Whether a model says what is a defect; one without a post-processor, or without thresholding, does not."""
+    return isinstance(post_processor, PostProcessor) and post_processor.enable_thresholding
+
+
 def check_thresholds(post_processor: nn.Module | None) -> None:
-    """Look whether a model can give verdicts; one without a post-processor, or without thresholding, gives none.
+    """Look whether a model that gives verdicts can give them.
 
     Raises:
         ValueError: If there is no threshold.
     """
-    if not isinstance(post_processor, PostProcessor) or not post_processor.enable_thresholding:
-        return
-    if not post_processor.image_threshold.isfinite():
+    if gives_verdicts(post_processor) and not post_processor.image_threshold.isfinite():
         msg = "the model is not finished: it has no thresholds, so every image would be normal. A fit sets them at its "
         msg += "end: take its model.ckpt, resume it with ckpt_path, or run Engine.validate on normal images first"
         raise ValueError(msg)

@@ -47,7 +47,7 @@ from anomalib_raad.fit.trainer import (
     put_off_validation,
     stop_not_before,
 )
-from anomalib_raad.post_processing import RaadPostProcessor, check_thresholds
+from anomalib_raad.post_processing import RaadPostProcessor, check_thresholds, gives_verdicts
 from anomalib_raad.pre_processing import RaadPreProcessor
 from anomalib_raad.precision import warn_of_slow_precision
 from anomalib_raad.progress import progress, shown
@@ -239,7 +239,7 @@ class Raad(AnomalibModule):
             raise ValueError(msg)
         warn_of_slow_precision(self.trainer)
         check_monitors(self.trainer, [f"train_{name}" for name in ("loss", *Losses._fields)])
-        check_images(datamodule, getattr(self.post_processor, "enable_thresholding", False))
+        check_images(datamodule, gives_verdicts(self.post_processor))
         check_transform(self.transform, self.input_size, MIN_IMAGE_SIZE, MAX_IMAGE_SIZE)
         if self.penalty_dir is not None:
             self._penalty = PenaltyImages(self.penalty_dir)

@@ -16,8 +16,9 @@ from jsonargparse import auto_cli
 from torch.nn import functional as F  # noqa: N812
 
 from anomalib_raad.compare.timing import median_seconds
+from anomalib_raad.teacher.backbones import OFFLINE_BACKBONE
 from anomalib_raad.teacher.distillation import TEACHER_SIZE, Distillation, PhotoFolder
-from anomalib_raad.teacher.features import OFFLINE_BACKBONE, PatchFeatures
+from anomalib_raad.teacher.features import PatchFeatures
 from anomalib_raad.teacher.pdn import LOST_CELLS
 
 _LAYERS = (1, 2, 3)

@@ -110,7 +110,7 @@ def train(images: Path, steps: int, folder: Path) -> dict[str, float]:
         default_root_dir=folder,
     )
     engine.fit(model, datamodule=data)
-    first = model.schedule.train_steps // readings.every
+    first = model.schedule.first // readings.every
     return {"steps": steps} | {
         f"{stage} {name}": value
         for stage, memory in (("stage 1", readings.memory[:first]), ("stage 3", readings.memory[first:]))

@@ -30,7 +30,8 @@ from anomalib_raad import RaadModel
 from anomalib_raad.compare.tables import markdown
 from anomalib_raad.quantization.layers import QuantConv2d
 from anomalib_raad.raad.ridge import sample, solve_layer_
-from anomalib_raad.teacher.features import OFFLINE_BACKBONE, PatchFeatures
+from anomalib_raad.teacher.backbones import OFFLINE_BACKBONE
+from anomalib_raad.teacher.features import PatchFeatures
 from anomalib_raad.teacher.pdn import LOST_CELLS, STRIDE
 from anomalib_raad.teacher.statistics import channel_mean_std
 from anomalib_raad.teacher.weights import load_teacher_

@@ -7,14 +7,22 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from .aand.lightning_model import Aand
+    from .aand.torch_model import AandModel
     from .data.elpv import Elpv
     from .raad.lightning_model import Raad
     from .raad.torch_model import RaadModel
 
-__all__ = ["Elpv", "Raad", "RaadModel"]
+__all__ = ["Aand", "AandModel", "Elpv", "Raad", "RaadModel"]
 __version__ = "0.1.0"
 
-_HOMES = {"Elpv": ".data.elpv", "Raad": ".raad.lightning_model", "RaadModel": ".raad.torch_model"}
+_HOMES = {
+    "Aand": ".aand.lightning_model",
+    "AandModel": ".aand.torch_model",
+    "Elpv": ".data.elpv",
+    "Raad": ".raad.lightning_model",
+    "RaadModel": ".raad.torch_model",
+}
 
 
 def __getattr__(name: str) -> object:

@@ -4,7 +4,8 @@ from anomalib.data.utils import read_image
 
 from anomalib_raad import RaadModel
 from anomalib_raad.compare.baselines import PHOTOS, OfflineEfficientad, OfflinePatchcore
-from anomalib_raad.teacher.features import OFFLINE_BACKBONE, PatchFeatures
+from anomalib_raad.teacher.backbones import OFFLINE_BACKBONE
+from anomalib_raad.teacher.features import PatchFeatures
 from anomalib_raad.teacher.weights import load_teacher_
 
 

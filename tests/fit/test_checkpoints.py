@@ -104,7 +104,7 @@ def test_another_format__error(checkpoint: Path, tmp_path, load: Callable, other
     content = torch.load(checkpoint, weights_only=True)
     content["Raad"]["format"] = other
     torch.save(content, tmp_path / "model.ckpt")
-    with pytest.raises(ValueError, match=f"the checkpoint's format is {other}, this version reads 3; install"):
+    with pytest.raises(ValueError, match=f"the checkpoint's format is {other}, this version reads 4; install"):
         load(tmp_path / "model.ckpt")
 
 

@@ -11,7 +11,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from anomalib_raad.raad.schedule import STAGE_CHECKPOINTS
 from anomalib_raad.report import stages
-from anomalib_raad.report.stages import StageVisualizer, checkpoint_paths, draw_figures
+from anomalib_raad.report.stages import checkpoint_paths, draw_figures
 
 FIGURES = {"stages.png", "attention.png", "bias.png", "layers.png"}
 
@@ -35,7 +35,7 @@ def test_what_the_figures_show(cells, finished_run, cell_data, tmp_path, monkeyp
         Image.fromarray(half).save(tmp_path / path.name)
     data, drawn = cell_data(mask_dir=tmp_path), {}
     data.setup()
-    monkeypatch.setattr(stages, "_draw", lambda path, rows, scales: drawn.setdefault(path.name, rows))
+    monkeypatch.setattr(stages, "draw_rows", lambda path, rows, scales: drawn.setdefault(path.name, rows))
     checkpoints = checkpoint_paths(finished_run, STAGE_CHECKPOINTS)
     draw_figures(finished_run, checkpoints, Raad(), data.test_data)
     assert set(drawn) == FIGURES
@@ -63,13 +63,15 @@ def test_what_the_figures_show(cells, finished_run, cell_data, tmp_path, monkeyp
 
 def test_a_run_is_drawn_once_and_only_when_it_is_complete(finished_run, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(stages, "draw_figures", lambda *_: pytest.fail("drawn"))
-    trainer = SimpleNamespace(default_root_dir=finished_run, is_global_zero=True, datamodule=object())
-    StageVisualizer(STAGE_CHECKPOINTS).on_test_end(trainer, None)
+    visualizer, data = Raad.configure_visualizer(), SimpleNamespace(test_data=None)
+    trainer = SimpleNamespace(default_root_dir=finished_run, is_global_zero=True, datamodule=data, loggers=[])
+    model = SimpleNamespace(global_step=2)
+    visualizer.on_test_end(trainer, model)
     trainer.default_root_dir = tmp_path
-    StageVisualizer(STAGE_CHECKPOINTS).on_test_end(trainer, None)
+    visualizer.on_test_end(trainer, model)
     monkeypatch.setattr(stages, "checkpoint_paths", lambda *_: {"": finished_run})
     trainer.datamodule = None
-    StageVisualizer(STAGE_CHECKPOINTS).on_test_end(trainer, None)
+    visualizer.on_test_end(trainer, model)
 
 
 def test_columns_that_are_named_together_share_a_scale(tmp_path, monkeypatch) -> None:
@@ -77,7 +79,7 @@ def test_columns_that_are_named_together_share_a_scale(tmp_path, monkeypatch) ->
     ramp, low, alone = torch.arange(1000.0).view(10, 100), -torch.ones(1, 1), torch.tensor([[3.0, 4.0]])
     rows = [("a", {"image": torch.rand(3, 4, 4), "first": ramp, "second": low, "third": alone})]
     rows.append(("b", {"image": torch.rand(3, 4, 4), "first": low, "second": low, "third": alone + 1}))
-    stages._draw(tmp_path / "figure.png", rows, [["first", "second"], ["third"]])
+    stages.draw_rows(tmp_path / "figure.png", rows, [["first", "second"], ["third"]])
     scales = [axis.images[0].get_clim() for axis in plt.gcf().axes]
     plt.close("all")
     together = pytest.approx((-1, 993), abs=2)  # the 0.995-quantile of nearly a thousand numbers

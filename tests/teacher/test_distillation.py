@@ -8,8 +8,8 @@ from PIL import Image
 from skimage import data
 
 from anomalib_raad.cli import distill
+from anomalib_raad.teacher.backbones import OFFLINE_BACKBONE
 from anomalib_raad.teacher.distillation import Distillation, PhotoFolder, Photos
-from anomalib_raad.teacher.features import OFFLINE_BACKBONE
 
 SMALL = {"backbone": OFFLINE_BACKBONE, "layers": (1, 2, 3), "crop_size": 64, "crops": 4, "normalization_images": 4}
 

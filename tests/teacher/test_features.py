@@ -2,7 +2,8 @@ import pytest
 import torch
 from torch.nn import functional as F  # noqa: N812
 
-from anomalib_raad.teacher.features import OFFLINE_BACKBONE, PatchFeatures
+from anomalib_raad.teacher.backbones import OFFLINE_BACKBONE
+from anomalib_raad.teacher.features import PatchFeatures
 
 LAYERS = (1, 2, 3)
 
@@ -48,7 +49,7 @@ def test_backbone_knows_imagenet() -> None:
     import timm
     from skimage import data
 
-    from anomalib_raad.teacher.features import _load_by_position, _offline_weights
+    from anomalib_raad.teacher.backbones import _load_by_position, _offline_weights
 
     model = timm.create_model("tf_efficientnet_lite0").eval()
     _load_by_position(model, torch.load(_offline_weights(), weights_only=True))

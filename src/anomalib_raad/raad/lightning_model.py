@@ -3,54 +3,35 @@
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
 import torch
-from anomalib import LearningType
 from anomalib.data import Batch, ImageBatch
 from anomalib.deploy import CompressionType, ExportType
-from anomalib.engine.plugins.checkpoint_io import AnomalibCheckpointIO
 from anomalib.metrics import Evaluator
 from anomalib.models.components import AnomalibModule
 from anomalib.models.components.base.export_mixin.utils import create_export_root
 from anomalib.post_processing import PostProcessor
 from anomalib.pre_processing import PreProcessor
 from anomalib.visualization import Visualizer
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.utilities.types import STEP_OUTPUT
-from torchvision.transforms.v2 import Resize, Transform
+from torchvision.transforms.v2 import Resize
 
 from anomalib_raad.data.drift import ranges
 from anomalib_raad.data.penalty import PenaltyImages
-from anomalib_raad.fit.checkpoints import AtomicCheckpointIO, check_archive, check_finite, keep_metrics_of, state_of
-from anomalib_raad.fit.checks import HELD_OUT_LOSS, check_images, check_monitors, check_numbers, check_transform
+from anomalib_raad.fit.checks import check_numbers
 from anomalib_raad.fit.feature_cache import FeatureCache
-from anomalib_raad.fit.forecast import Forecast
-from anomalib_raad.fit.images import NormalImages
-from anomalib_raad.fit.modes import evaluating, randomness
-from anomalib_raad.fit.prediction_guard import PredictionGuard
+from anomalib_raad.fit.staged_model import StagedModel
 from anomalib_raad.fit.time_budget import StepClock, TimeBudget
-from anomalib_raad.fit.trainer import (
-    TidyUp,
-    allow_validation,
-    datamodule_of,
-    forget_best,
-    images_a_step,
-    is_dev_run,
-    monitors_of,
-    put_off_validation,
-    stop_not_before,
-)
-from anomalib_raad.post_processing import RaadPostProcessor, check_thresholds, gives_verdicts
+from anomalib_raad.fit.trainer import datamodule_of, forget_best, images_a_step, is_dev_run
+from anomalib_raad.post_processing import check_thresholds
 from anomalib_raad.pre_processing import RaadPreProcessor
-from anomalib_raad.precision import warn_of_slow_precision
-from anomalib_raad.progress import progress, shown
+from anomalib_raad.progress import progress
 from anomalib_raad.quantization.allocation import DEFAULT_AVERAGE_BITS, Allocation
 from anomalib_raad.quantization.layers import quantizable_layers
 from anomalib_raad.quantization.recipe import aligned_weights, quantize_
@@ -58,7 +39,7 @@ from anomalib_raad.quantization.reconstruction import Reconstruction
 from anomalib_raad.quantization.size import model_bytes
 from anomalib_raad.report.attention_bias import held_out_figures
 from anomalib_raad.report.quantization import write_report
-from anomalib_raad.report.stages import StageVisualizer, log_figures
+from anomalib_raad.report.stages import FigureVisualizer, draw_complete, log_figures
 from anomalib_raad.teacher.pdn import CHANNELS
 from anomalib_raad.teacher.weights import load_teacher_
 
@@ -66,15 +47,13 @@ from .autoencoder_start import AUTOENCODER_STEPS, train_autoencoder_
 from .losses import Losses
 from .networks import PatchDescriptionNetwork
 from .plan import Pacer, Plan, measure_pace, plan
-from .record import Record
+from .record import RaadRecord
 from .schedule import STAGE_CHECKPOINTS, LearningRates, Schedule, Stage
 from .student_head import SAMPLES
 from .torch_model import MAX_IMAGE_SIZE, MIN_IMAGE_SIZE, RaadModel
 
 logger = logging.getLogger(__name__)
 
-_UNLIMITED_EPOCHS = {None, -1, 1000}  # Lightning's max_epochs when the user has set none (1000), or no limit (-1)
-_WATCHED = 8  # held-out images whose loss is logged at each epoch's end, a small part of an epoch's time
 _NEEDS = {
     "a positive number up to 1": ("lr", "finetune_lr"),
     "zero or a positive number": ("weight_decay",),
@@ -94,7 +73,7 @@ _ANOMALIBS_EXPORT = {  # by whether the model is quantized and whether anomalib 
 _LAMBDAS = {"zero or a positive number": ("lambdas[0]", "lambdas[1]", "lambdas[2]")}
 
 
-class Raad(AnomalibModule):
+class Raad(StagedModel, AnomalibModule):
     """RAAD: recalibrating the attention of industrial anomaly detection by quantization.
 
     One ``fit`` trains EfficientAD's student and autoencoder on normal images, quantizes teacher, student and
@@ -155,8 +134,12 @@ class Raad(AnomalibModule):
         >>> Engine(max_steps=2000).train(Raad(), datamodule=MVTecAD(train_batch_size=1))  # doctest: +SKIP
     """
 
+    LOGGED = ("train_loss", *(f"train_{name}" for name in Losses._fields))
+    SIZES = MIN_IMAGE_SIZE, MAX_IMAGE_SIZE
+
     model: RaadModel
-    run_seed: torch.Tensor
+    record: RaadRecord
+    schedule: Schedule
 
     def __init__(
         self,
@@ -191,8 +174,7 @@ class Raad(AnomalibModule):
         visualizer: Visualizer | bool = True,
     ) -> None:
         super().__init__(pre_processor, post_processor, evaluator, visualizer)
-        if type(self.pre_processor) is PreProcessor:  # the user's, which would resize otherwise after export
-            self.pre_processor = RaadPreProcessor(transform=self.pre_processor.transform)
+        self.begin_run()
         check_numbers(self.hparams, _NEEDS)
         check_numbers({f"lambdas[{i}]": value for i, value in enumerate(lambdas)}, _LAMBDAS)
         if channels > CHANNELS:
@@ -215,108 +197,46 @@ class Raad(AnomalibModule):
         self.held_out = held_out
         self.calibration_images = calibration_images
         self.teacher_source, self.model_size, self.padding, self.penalty_dir = teacher, model_size, padding, penalty_dir
-        self.record = Record()
         self._penalty: PenaltyImages | None = None
-        self._budget: TimeBudget | None = None
         self._pacer: Pacer | None = None
-        self._teacher_features = FeatureCache(self.model.teacher)
-        # Everything random in a run follows from this number; -1 until the run has begun.
-        self.register_buffer("run_seed", torch.tensor(-1))
+        self._teacher_features = FeatureCache(lambda image: [self.model.teacher(image)])
 
     # ---------------------------------------------------------------------------------------------- before training
 
+    @classmethod
+    def new_record(cls) -> RaadRecord:
+        """An empty record."""
+        return RaadRecord()
+
     def setup(self, stage: str) -> None:
         """Check the settings and the data before training starts."""
-        if type(self.trainer.strategy.checkpoint_io) is AnomalibCheckpointIO:  # the user's own stays
-            self.trainer.strategy.checkpoint_io = AtomicCheckpointIO()
-        shown.set(self.trainer.progress_bar_callback is not None)
-        if stage != "fit":
-            return
-        self._budget = TimeBudget.taken_from(self.trainer)
-        datamodule = datamodule_of(self.trainer)
-        if datamodule is None:
-            msg = "Raad splits its training images itself: pass a datamodule to fit, not dataloaders"
-            raise ValueError(msg)
-        warn_of_slow_precision(self.trainer)
-        check_monitors(self.trainer, [f"train_{name}" for name in ("loss", *Losses._fields)])
-        check_images(datamodule, gives_verdicts(self.post_processor))
-        check_transform(self.transform, self.input_size, MIN_IMAGE_SIZE, MAX_IMAGE_SIZE)
-        if self.penalty_dir is not None:
+        super().setup(stage)
+        if stage == "fit" and self.penalty_dir is not None:
             self._penalty = PenaltyImages(self.penalty_dir)
 
-    def _begin_anew(self) -> None:
+    def begin_anew(self) -> None:
         """A fit without checkpoint is a run of its own, from the weights that student and autoencoder have."""
-        self.run_seed.fill_(-1)
-        self.record = Record()
+        super().begin_anew()
         self.model.begin_anew_()
-        if self.post_processor:  # the thresholds of other data
-            for buffer in self.post_processor.buffers():
-                if buffer.is_floating_point():
-                    buffer.fill_(torch.nan)
-
-    def on_fit_start(self) -> None:
-        """Fix the run's seed and with it the split and the order of the training images."""
-        if self.run_seed >= 0 and self.trainer.ckpt_path is None:
-            if self.trainer.global_step:
-                msg = f"this engine has trained {self.trainer.global_step} steps already: give it the checkpoint to go "
-                msg += "on from (ckpt_path), or fit anew with a new Engine"
-                raise ValueError(msg)
-            self._begin_anew()
-        if self.run_seed < 0:
-            self.run_seed.fill_(self.trainer.strategy.broadcast(torch.initial_seed() % 2**31))
-        self._images = NormalImages(
-            datamodule_of(self.trainer),
-            self.held_out,
-            int(self.run_seed),
-            self.calibration_images,
-            self.transform,
-            self.device,
-        )
-        self._images.take_over_training(
-            lambda: self.trainer.global_step * self.trainer.accumulate_grad_batches,
-            self.trainer.global_rank,
-            self.trainer.world_size,
-        )
 
     def on_train_start(self) -> None:
         """Lay out the schedule and compute the teacher's channel statistics, once a run."""
-        planned = self.record.plan
-        if self._budget and planned and planned.steps and self.global_step >= sum(planned.steps):
-            self.record.plan = None  # a finished run is given more time, which goes to fine-tuning
-        self._least_steps = self.trainer.min_steps or 0
-        self.schedule = self._make_schedule()
-        stop_not_before(self.trainer, self.schedule.total)
+        self.lay_out(self.full_schedule, self.record.step(Stage.QUANTIZED) if self._quantized else None)
         self._pacer = None
-        if self._budget and not (self.record.plan and self.record.plan.steps):  # a resumed run keeps its plan
+        if self._budget and not self.record.steps:  # a resumed run keeps its plan
             self._plan(self._budget)
         if self.record.plan:
             self._images.use_at_most(self.record.plan.held_out_images, self.record.plan.calibration_images)
         if not self.model.teacher_normalized:  # a fresh run, not a resumed one
-            self._once(self._prepare_model)
-        # The only use of validation is to set the thresholds of the finished model: it runs once, at the end.
-        put_off_validation(self.trainer)
+            self.once(self._prepare_model)
 
-    def _make_schedule(self) -> Schedule:
-        full, planned = self.full_schedule, self.record.plan
-        unlimited = self.trainer.max_steps == -1 and self.trainer.max_epochs in _UNLIMITED_EPOCHS
-        if planned and planned.steps and (self._budget or unlimited):
-            return Schedule(*planned.steps)
-        total = int(min(self.trainer.estimated_stepping_batches, np.iinfo(np.int64).max))
-        if unlimited:
-            total = min(total, full.total)
-        if self.record.reached(Stage.QUANTIZED):  # all that is left is fine-tuning, also with more steps than at first
-            step = self.record.step(Stage.QUANTIZED)
-            if unlimited and self.global_step >= total:
-                msg = f"the run is finished after {total} steps; to train it on give it more max_steps, or max_time"
-                raise ValueError(msg)
-            return Schedule(step, total - step)
-        if is_dev_run(self.trainer) and total == 1:
-            return Schedule(0, 1)  # one batch, and quantization before it
-        return Schedule.scaled(full.train_steps, full.finetune_steps, total)
+    @property
+    def _quantized(self) -> bool:
+        return self.record.reached(Stage.QUANTIZED)
 
     def _plan(self, budget: TimeBudget) -> None:
         """Measure the pace and plan the work beside the steps; all processes take the first one's plan."""
-        with self._evaluating():
+        with self.evaluating():
             image = next(self._images.prepared(self._images.calibration[:1], "Measuring the pace"))
             pace = measure_pace(self.model, image, solves=self.closed_form)
         validation_images = len(getattr(datamodule_of(self.trainer), "val_data", None) or ())
@@ -331,10 +251,10 @@ class Raad(AnomalibModule):
         if not self.model.teacher_loaded:
             self._load_teacher()
         self.record.seen = ranges(image[0] for image in self._images.plain(self._images.calibration))
-        with self._evaluating():
+        with self.evaluating():
             self._set_teacher_statistics()
             if self.closed_form:
-                steps = min(AUTOENCODER_STEPS, self.schedule.train_steps)
+                steps = min(AUTOENCODER_STEPS, self.schedule.first)
                 seconds = self.record.plan.autoencoder_seconds if self.record.plan else math.inf
                 train_autoencoder_(self.model, *self._calibration(), int(self.run_seed), steps, seconds=seconds)
 
@@ -342,7 +262,7 @@ class Raad(AnomalibModule):
         teacher = PatchDescriptionNetwork(self.model_size, CHANNELS, self.padding).eval()
         load_teacher_(teacher, self.teacher_source, self.model_size)
         images = self._images.prepared(self._images.calibration, "Statistics of the teacher's own channels")
-        with self._evaluating():
+        with self.evaluating():
             self.model.set_teacher_(teacher.to(self.device), images)
 
     def _set_teacher_statistics(self) -> None:
@@ -362,11 +282,10 @@ class Raad(AnomalibModule):
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Quantize when the first step of stage 3 is due, or a callback has stopped stage 1."""
         del batch, batch_idx
-        if self.trainer.should_stop and self.global_step >= self._least_steps:
-            self._stop_stage()
-        if self.schedule.stage(self.global_step) is Stage.FINE_TUNED and not self.record.reached(Stage.QUANTIZED):
+        self.stop_if_asked(self._quantized)
+        if self.schedule.begun(self.global_step) and not self._quantized:
             self._end_stage(Stage.TRAINED, self.global_step)
-            self._once(self._quantize)
+            self.once(self._quantize)
             self.trainer.optimizers[0].state.clear()  # stage 3 starts with a fresh Adam
             forget_best(self.trainer)
             self._end_stage(Stage.QUANTIZED, self.global_step)
@@ -381,18 +300,12 @@ class Raad(AnomalibModule):
         """Compute the loss of Eq. 6 and log its terms."""
         images = cast("torch.Tensor", batch.image)
         paths = None if self._images.vary else batch.image_path
-        features = None if paths is None else self._teacher_features(paths, images)
-        # A run resumed from the checkpoint of an epoch's end counts its first batches on from that epoch.
-        turn = batch_idx % self.trainer.accumulate_grad_batches
-        with randomness([int(self.run_seed), self.global_step, turn, self.global_rank], self.device):
+        features = None if paths is None else self._teacher_features(paths, images)[0]
+        with self.step_randomness(batch_idx):
             losses: Losses = self.model(images, self._penalty.draw(images) if self._penalty else None, features)
         terms = {name: term for name, term in losses._asdict().items() if term is not None}
         loss = losses.weighted(self.lambdas)
-        if not torch.isfinite(loss):
-            self._stop_at_non_finite("loss", ", ".join(f"{name}={term.item()}" for name, term in terms.items()))
-        self.log("stage", float(self.schedule.stage(self.global_step).number), prog_bar=True)
-        self.log("train_loss", loss, prog_bar=True)
-        self.log_dict({f"train_{name}": term for name, term in terms.items()})
+        self.log_losses(loss, terms, self.schedule.stage(self.global_step).number)
         return loss
 
     def on_train_batch_end(self, outputs: STEP_OUTPUT, batch: Batch, batch_idx: int) -> None:
@@ -402,77 +315,32 @@ class Raad(AnomalibModule):
         if self._pacer and not finished and self._pacer.clock.tick(self.global_step):
             self._lay_out()
 
-    def on_train_epoch_end(self) -> None:
-        """Log the loss of Eq. 6 on held-out normal images as ``held_out_loss``, where somebody looks at it."""
-        if not self.loggers and HELD_OUT_LOSS not in monitors_of(self.trainer):
-            return
-        images = self._images.prepared(self._images.held_out[:_WATCHED], "Loss on held-out images")
-        with self._evaluating(), randomness([int(self.run_seed)], self.device):  # the same augmentations every time
-            losses = [self.model.losses(image).weighted(self.lambdas) for image in images]
-        self.log(HELD_OUT_LOSS, torch.stack(losses).mean(), prog_bar=True)
-
-    def _stop_stage(self) -> None:
-        """End the stage because a callback has asked the trainer to stop; the model is finished all the same."""
-        self.trainer.should_stop = False
-        step, train_steps = self.global_step, self.schedule.train_steps
-        if self.record.reached(Stage.QUANTIZED):
-            self._follow(Schedule(train_steps, step + 1 - train_steps))
-        else:
-            self._follow(Schedule(step, self.schedule.total - step))
-        logger.warning("Raad was asked to stop after %d steps: now %s.", step, self.schedule)
+    def held_out_loss(self, image: torch.Tensor) -> torch.Tensor:
+        """The loss of Eq. 6 for a held-out normal image ``(1, 3, H, W)``."""
+        return self.model.losses(image).weighted(self.lambdas)
 
     def _lay_out(self) -> None:
         """Choose the schedule that fits the time that is left; all processes take the first one's."""
         pacer, planned = cast("Pacer", self._pacer), cast("Plan", self.record.plan)
-        schedule = pacer.schedule(planned, self.schedule, self.global_step, self.record.reached(Stage.QUANTIZED))
-        self._follow(self.trainer.strategy.broadcast(schedule))
+        schedule = pacer.schedule(planned, self.schedule, self.global_step, self._quantized)
+        self.follow(self.trainer.strategy.broadcast(schedule))
         images = images_a_step(self.trainer)
         logger.info("Raad: what the time allows, in steps of %d image(s): %s.", images, self.schedule)
 
-    def _follow(self, schedule: Schedule) -> None:
-        """Go on by another schedule, which a plan remembers."""
-        self.schedule = schedule
-        if self.record.plan:
-            steps = schedule.train_steps, schedule.finetune_steps
-            self.record.plan = replace(self.record.plan, steps=steps)
-        stop_not_before(self.trainer, schedule.total)
-
-    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Stop before a gradient that is not finite can spoil the weights."""
-        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
-        if not torch.isfinite(norm):
-            self._stop_at_non_finite("gradient", f"norm={float(norm)}")
-
-    def _stop_at_non_finite(self, what: str, details: str) -> None:
-        stage = self.schedule.stage(self.global_step).number
-        msg = (
-            f"the {what} of step {self.global_step} (stage {stage}) is not finite: {details}. The weights are those of "
-            "the last good step. Lower lr, finetune_lr or the lambdas."
-        )
-        raise FloatingPointError(msg)
-
-    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        """Step, and finish the model in the last step, before any callback can save a checkpoint of it."""
-        super().optimizer_step(*args, **kwargs)
-        if self.global_step + 1 == self.schedule.total:
-            self._teacher_features.clear()  # its poolings read floats while stage 3 trains, 8 bits from now on
-            self._end_stage(Stage.FINE_TUNED, self.global_step + 1)
-            if self.trainer.is_global_zero and not is_dev_run(self.trainer):
-                stages = list(self.record.stages.values())
-                folder = Path(self.trainer.default_root_dir)
-                picture = write_report(folder, self.model, self.record.outcome, stages)
-                log_figures(self.loggers, [picture], self.global_step + 1)
-            allow_validation(self.trainer)
-            self.trainer.should_stop = True  # lets Lightning validate even in the middle of an epoch
+    def finish(self) -> None:
+        """End stage 3 and report."""
+        self._teacher_features.clear()  # its poolings read floats while stage 3 trains, 8 bits from now on
+        self._end_stage(Stage.FINE_TUNED, self.global_step + 1)
+        if self.trainer.is_global_zero and not is_dev_run(self.trainer):
+            stages = list(self.record.stages.values())
+            picture = write_report(Path(self.trainer.default_root_dir), self.model, self.record.outcome, stages)
+            log_figures(self.loggers, [picture], self.global_step + 1)
 
     def teardown(self, stage: str) -> None:
-        """Give the datamodule its own training loader back."""
+        """Give the datamodule its own training loader back, and forget the teacher's features."""
+        super().teardown(stage)
         if stage == "fit":
-            allow_validation(self.trainer)
             self._teacher_features.clear()
-            if images := vars(self).pop("_images", None):  # the datamodule must not be pickled with the model
-                images.release()
 
     # -------------------------------------------------------------------------------------------- the ends of stages
 
@@ -480,7 +348,7 @@ class Raad(AnomalibModule):
         reconstruction = self.reconstruction
         if self.record.plan:
             reconstruction = replace(reconstruction, iterations=self.record.plan.iterations)
-        with self._evaluating():
+        with self.evaluating():
             self.record.outcome = quantize_(
                 self.model,
                 self._images.prepared(self._images.held_out, "Hierarchical quantization scoring"),
@@ -498,26 +366,15 @@ class Raad(AnomalibModule):
         """Solve the student's last layer, normalise the maps, note how they do on held-out normals, save the model."""
         start = time.monotonic()
         if self.closed_form:
-            self._once(self.solve_student)
+            self.once(self.solve_student)
         figures = self.look_at_held_out()
         if self._pacer:
             self._pacer.end_seconds = time.monotonic() - start
-        self.record.stages[stage.value] = {
-            "stage": stage.value,
-            "step": step,
-            "bytes": model_bytes(self.model),
-            **figures,
-        }
-        for metrics_logger in self.loggers:
-            metrics_logger.log_metrics({f"{stage.value}_{name}": value for name, value in figures.items()}, step=step)
-        callback = self.trainer.checkpoint_callback
-        folder = callback.dirpath if isinstance(callback, ModelCheckpoint) and not is_dev_run(self.trainer) else None
-        if folder and stage is not Stage.FINE_TUNED:
-            self.trainer.save_checkpoint(Path(folder) / f"{stage.value}.ckpt")
+        self.end_stage(stage.value, step, {"bytes": model_bytes(self.model)}, figures)
 
     def solve_student(self) -> None:
         """Solve the student's last layer for the features as they are now, during a fit."""
-        with self._evaluating():
+        with self.evaluating():
             samples = self.record.plan.samples if self.record.plan else SAMPLES
             self.model.solve_student_(*self._calibration(), int(self.run_seed), samples)
 
@@ -529,7 +386,7 @@ class Raad(AnomalibModule):
             of the teacher.
         """
         model, images = self.model, list(self._images.prepared(self._images.held_out, "Reading the held-out images"))
-        with self._evaluating():
+        with self.evaluating():
             if self.recalibrate:
                 calibration = self._images.prepared(self._images.calibration, "Bias of the maps")
                 model.recalibration.fit_([model.maps(image) for image in calibration])
@@ -542,81 +399,13 @@ class Raad(AnomalibModule):
         shares = {f"explained_{name}": float(share) for name, share in zip(("st", "ae"), explained, strict=True)}
         return held_out_figures(images, maps, recalibrated) | shares
 
-    # ----------------------------------------------------------------------------------------------------- helpers
-
-    def _once(self, change: Callable[[], None]) -> None:
-        """Let one process change the model and give all others the result."""
-        if self.trainer.is_global_zero:
-            change()
-        if self.trainer.world_size > 1:
-            state, self.record = self.trainer.strategy.broadcast((self.model.state_dict(), self.record))
-            self.model.load_state_dict(state)
-
-    def _evaluating(self) -> AbstractContextManager[None]:
-        return evaluating(self.model, self.trainer)
-
-    @property
-    def transform(self) -> Transform | None:
-        """What the pre-processor does to images."""
-        return cast("PreProcessor", self.pre_processor).transform if self.pre_processor else None
-
     def _calibration(self) -> tuple[list[torch.Tensor], Iterator[torch.Tensor]]:
         """The calibration images and their teacher features, of which those not known are computed one by one."""
         images = list(self._images.prepared(self._images.calibration, "Reading the calibration images"))
         paths = self._images.paths(self._images.calibration)
-        return images, (self._teacher_features([path], image) for path, image in zip(paths, images, strict=True))
+        return images, (self._teacher_features([path], image)[0] for path, image in zip(paths, images, strict=True))
 
-    # ---------------------------------------------------------------------------------------------- anomalib's hooks
-
-    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:  # noqa: ANN401
-        """Take plain tensors of images as well, ``(N, 3, H, W)`` in [0, 1], alone or first in a list."""
-        del dataloader_idx
-        image = batch[0] if isinstance(batch, list | tuple) and batch else batch
-        return ImageBatch(image=image) if isinstance(image, torch.Tensor) else batch
-
-    def validation_step(self, batch: Batch, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
-        """Predict anomaly maps and scores, from which the post-processor takes its thresholds."""
-        del args, kwargs
-        # A processor takes one image at a time: memory for the feature maps of many is handed out anew at every layer,
-        # page by page, which costs a quarter of the time at a batch of 16.
-        images = cast("torch.Tensor", batch.image)
-        pieces = images.split(1) if self.device.type == "cpu" else [images]
-        predictions = [self.model(piece) for piece in pieces]
-        scores = torch.cat([prediction.pred_score for prediction in predictions])
-        maps = torch.cat([prediction.anomaly_map for prediction in predictions])
-        return batch.update(pred_score=scores, anomaly_map=maps)
-
-    def configure_callbacks(self) -> list[Callback]:
-        """anomalib's, and before them a guard that sees images as they are on the disk."""
-        return [PredictionGuard(), Forecast(), TidyUp(), *cast("list[Callback]", super().configure_callbacks())]
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Save the record with the model, if its weights are finite."""
-        super().on_save_checkpoint(checkpoint)
-        check_finite(self.model)
-        checkpoint["Raad"] = self.record.state()
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restore the record; raises ``ValueError`` for a checkpoint of another model or format."""
-        super().on_load_checkpoint(checkpoint)
-        self.record = Record.from_state(state_of(checkpoint, "Raad"))
-        keep_metrics_of(self, checkpoint)
-
-    @classmethod
-    def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> "Raad":  # noqa: ANN401
-        """Load a checkpoint, see anomalib's method; raises ``ValueError`` for a damaged file."""
-        check_archive(checkpoint_path)
-        return cast("Raad", super().load_from_checkpoint(checkpoint_path, *args, **kwargs))
-
-    def to_torch(self, *args: Any, **kwargs: Any) -> Path:
-        """Export for anomalib's torch inferencer; raises ``ValueError`` for a model that is not finished."""
-        check_thresholds(self.post_processor)
-        return super().to_torch(*args, **kwargs)
-
-    def to_onnx(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401  # Lightning's returns something else
-        """Export to ONNX as anomalib does; raises ``ValueError`` for a model that is not finished."""
-        check_thresholds(self.post_processor)
-        return super().to_onnx(*args, **kwargs)
+    # ------------------------------------------------------------------------------------------------------- anomalib
 
     def to_openvino(
         self,
@@ -673,21 +462,7 @@ class Raad(AnomalibModule):
         # Not in a Compose: anomalib's tiled ensemble takes the Resize out, and a Compose must not be empty.
         return RaadPreProcessor(transform=Resize(image_size or (128, 128), antialias=True))
 
-    def configure_post_processor(self) -> PostProcessor:
-        """anomalib's, with scores that are not cut off."""
-        return RaadPostProcessor()
-
     @classmethod
-    def configure_visualizer(cls) -> StageVisualizer:
+    def configure_visualizer(cls) -> FigureVisualizer:
         """Heatmaps as anomalib draws them, and the figures of the stages."""
-        return StageVisualizer(STAGE_CHECKPOINTS)
-
-    @property
-    def trainer_arguments(self) -> dict[str, Any]:
-        """No sanity check: before training there is nothing to validate. And Raad shares out the batches itself."""
-        return {"num_sanity_val_steps": 0, "use_distributed_sampler": False}
-
-    @property
-    def learning_type(self) -> LearningType:
-        """One-class: trained on normal images only."""
-        return LearningType.ONE_CLASS
+        return FigureVisualizer(partial(draw_complete, STAGE_CHECKPOINTS), "stages.png")

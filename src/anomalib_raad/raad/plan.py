@@ -76,7 +76,7 @@ def _seconds(function: Callable[..., object], *arguments: Any) -> float:
 
 @dataclass(frozen=True)
 class Plan:
-    """The size of the work beside the steps, and the steps once the pace is known.
+    """The size of the work beside the steps.
 
     Attributes:
         calibration_images: Images for statistics, solutions and grids.
@@ -84,7 +84,6 @@ class Plan:
         samples: Positions that solve the student's last layer.
         iterations: Optimizer steps in which a block learns its rounding.
         autoencoder_seconds: What the autoencoder's first steps may take.
-        steps: Steps of stages 1 and 3; ``None`` as long as the pace of a step is not known.
     """
 
     calibration_images: int
@@ -92,7 +91,6 @@ class Plan:
     samples: int
     iterations: int
     autoencoder_seconds: float
-    steps: tuple[int, int] | None = None
 
     def state(self) -> dict[str, Any]:
         """As plain values."""
@@ -111,7 +109,7 @@ class Plan:
     def schedule(self, seconds: float, step_seconds: float, done: int, full: Schedule) -> Schedule:
         """Share the steps that fit some seconds among the stages, after ``done`` steps of the first."""
         steps = done + max(round(seconds / step_seconds), 2)
-        train = max(round(steps * full.train_steps / full.total), done + 1)
+        train = max(round(steps * full.first / full.total), done + 1)
         return Schedule(train, max(steps - train, 1))
 
 
@@ -192,7 +190,7 @@ class Pacer:
         if quantized:
             left = max(self.budget.remaining - max(last, self.end_seconds), 0.0)
             more = max(int(left / self.clock.found), 1)
-            fits = Schedule(current.train_steps, step - current.train_steps + more)
+            fits = Schedule(current.first, step - current.first + more)
         else:
             fits = planned.schedule(self.budget.remaining - work, self.clock.found, step, self.full)
         return fits if fits.total < self.longest else current

@@ -1,58 +1,33 @@
-"""What a run has found out beside its weights, for the checkpoint, the report and the other processes."""
+"""What a run of Raad has found out beside its weights."""
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
-from anomalib_raad.data.drift import Ranges
+from anomalib_raad.fit.record import Record
 from anomalib_raad.quantization.recipe import Outcome
 
 from .plan import Plan
-from .schedule import Stage
-
-FORMAT = 3
-"""Of checkpoints; a model of another format is not read."""
 
 
 @dataclass
-class Record:
+class RaadRecord(Record):
     """Filled while a run goes on.
 
     Attributes:
-        seen: Properties of the training images.
         outcome: What quantization found out.
-        stages: The figures of each stage that the run has reached, by its name; see :meth:`reached`.
-        plan: What a run with a time budget does, so that a resumed one does the same.
+        plan: The work beside the steps of a run with a time budget, so that a resumed one does the same.
     """
 
-    seen: Ranges = field(default_factory=dict)
+    FORMAT: ClassVar[int] = 4
+
     outcome: Outcome = field(default_factory=lambda: Outcome({}, []))
-    stages: dict[str, dict[str, Any]] = field(default_factory=dict)
     plan: Plan | None = None
-
-    def reached(self, stage: Stage) -> bool:
-        """Whether the run has reached a stage."""
-        return stage.value in self.stages
-
-    def step(self, stage: Stage) -> int:
-        """The optimizer step at which the run reached a stage."""
-        return int(self.stages[stage.value]["step"])
 
     def state(self) -> dict[str, Any]:
         """As plain values, for a checkpoint that is read without unpickling objects."""
-        plan = self.plan.state() if self.plan else None
-        outcome = self.outcome.state()
-        return {"format": FORMAT, "seen": self.seen, "outcome": outcome, "stages": self.stages, "plan": plan}
+        return super().state() | {"outcome": self.outcome.state(), "plan": self.plan.state() if self.plan else None}
 
     @classmethod
-    def from_state(cls, state: dict[str, Any]) -> "Record":
-        """Undo :meth:`state`.
-
-        Raises:
-            ValueError: If the checkpoint has another format.
-        """
-        if state.get("format") != FORMAT:
-            msg = f"the checkpoint's format is {state.get('format')}, this version reads {FORMAT}; "
-            msg += "install the anomalib-raad that wrote it, or train again"
-            raise ValueError(msg)
+    def _values(cls, state: dict[str, Any]) -> dict[str, Any]:
         plan = Plan(**state["plan"]) if state["plan"] else None
-        return cls(state["seen"], Outcome.from_state(state["outcome"]), state["stages"], plan)
+        return super()._values(state) | {"outcome": Outcome.from_state(state["outcome"]), "plan": plan}

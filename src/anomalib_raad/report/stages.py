@@ -3,7 +3,7 @@
 Test images are only shown here; they decide nothing.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -29,26 +29,25 @@ _SHOWN = 3  # anomalous images with a row of their own
 _BRIGHTEST = 0.995  # quantile with the brightest colour, so that a single pixel does not darken the others
 
 
-class StageVisualizer(ImageVisualizer):
-    """anomalib's visualizer, which after the first test of a finished run draws the figures of its stages as well.
+class FigureVisualizer(ImageVisualizer):
+    """anomalib's visualizer, which after the first test of a finished run draws figures of the run as well.
 
     Args:
-        stages: For the checkpoint of each stage, without its suffix, what the pictures call it.
+        draw: Draws them into a results folder, for a model and test images; the first argument is the folder.
+        first: Name of one of the figures; where it is, all have been drawn.
     """
 
-    def __init__(self, stages: Mapping[str, str]) -> None:
+    def __init__(self, draw: Callable[[Path, AnomalibModule, AnomalibDataset], list[Path]], first: str) -> None:
         super().__init__()
-        self.stages = dict(stages)
+        self.draw = draw
+        self.first = first
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Draw the figures where the checkpoints of all stages are, if a datamodule has the images."""
+        """Draw the figures, if a datamodule has the images."""
         results = Path(trainer.default_root_dir)
-        paths = checkpoint_paths(results, self.stages)
         datamodule = datamodule_of(trainer)
-        complete = all(path.exists() for path in paths.values()) and datamodule is not None
-        if trainer.is_global_zero and complete and not (results / "stages.png").exists():
-            model = cast("AnomalibModule", pl_module)
-            figures = draw_figures(results, paths, model, datamodule.test_data)
+        if trainer.is_global_zero and datamodule is not None and not (results / self.first).exists():
+            figures = self.draw(results, cast("AnomalibModule", pl_module), datamodule.test_data)
             log_figures(trainer.loggers, figures, pl_module.global_step)
 
 
@@ -70,6 +69,12 @@ def log_figures(loggers: Sequence[Logger], figures: Sequence[Path], step: int) -
 def checkpoint_paths(results: Path, stages: Mapping[str, str]) -> dict[str, Path]:
     """Where the results folder of a run has the checkpoint of each stage, by what the pictures call it."""
     return {title: results / "weights" / "lightning" / f"{name}.ckpt" for name, title in stages.items()}
+
+
+def draw_complete(stages: Mapping[str, str], results: Path, model: AnomalibModule, data: AnomalibDataset) -> list[Path]:
+    """Draw the figures of a run, see :func:`draw_figures`, or none where a stage has no checkpoint."""
+    paths = checkpoint_paths(results, stages)
+    return draw_figures(results, paths, model, data) if all(path.exists() for path in paths.values()) else []
 
 
 @torch.no_grad()
@@ -98,7 +103,7 @@ def draw_figures(
     labels = np.asarray(data.samples.label_index)
     examples, means = [], []
     for kind, label, shown in (("anomalous", 1, _SHOWN), ("normal", 0, 1)):
-        indices = _spread(np.flatnonzero(labels == label).tolist(), _AVERAGED)
+        indices = spread(np.flatnonzero(labels == label).tolist(), _AVERAGED)
         rows = []
         for index in progress(indices, f"Heatmaps of {kind} images"):
             item = data[index]
@@ -106,7 +111,7 @@ def draw_figures(
             image = modules[0].pre_processor(image) if modules[0].pre_processor else image
             maps = {stage: networks(image).anomaly_map[0, 0] for stage, networks in stages.items()}
             rows.append({"image": image[0]} | ({} if item.gt_mask is None else {"mask": item.gt_mask}) | maps)
-        examples += [(kind, row) for row in _spread(rows, shown)]
+        examples += [(kind, row) for row in spread(rows, shown)]
         if rows:
             columns = ["image", *stages]
             mean = {column: torch.stack([row[column] for row in rows]).mean(0) for column in columns}
@@ -118,14 +123,14 @@ def draw_figures(
         for number, name in enumerate(("student-teacher", "student-autoencoder"))
     ]
     return [
-        _draw(results / "stages.png", examples, [list(stages)]),
-        _draw(results / "attention.png", means, [list(stages)]),
-        _draw(results / "bias.png", biases, [list(stages)]),
-        _draw(results / "layers.png", layers, [[column] for column in layers[0][1]]),
+        draw_rows(results / "stages.png", examples, [list(stages)]),
+        draw_rows(results / "attention.png", means, [list(stages)]),
+        draw_rows(results / "bias.png", biases, [list(stages)]),
+        draw_rows(results / "layers.png", layers, [[column] for column in layers[0][1]]),
     ]
 
 
-def _spread(sequence: Sequence[T], number: int) -> list[T]:
+def spread(sequence: Sequence[T], number: int) -> list[T]:
     """At most so many elements of a sequence, evenly spread."""
     places = np.linspace(0, len(sequence) - 1, min(number, len(sequence)))
     return [sequence[round(place)] for place in places]
@@ -137,7 +142,7 @@ def _layer_differences(model: Quantizable, image: torch.Tensor) -> dict[str, tor
     return {name: (t - s).square().mean(1)[0] for name, (t, s) in zip(names, pairs, strict=True)}
 
 
-def _draw(path: Path, rows: Sequence[tuple[str, dict[str, torch.Tensor]]], scales: Sequence[Sequence[str]]) -> Path:
+def draw_rows(path: Path, rows: Sequence[tuple[str, dict[str, torch.Tensor]]], scales: Sequence[Sequence[str]]) -> Path:
     """Draw rows of pictures; the maps of columns that are named together share a scale."""
     columns = max((list(row) for _, row in rows), key=len)
     limits: dict[str, tuple[float, float]] = {}
@@ -151,7 +156,7 @@ def _draw(path: Path, rows: Sequence[tuple[str, dict[str, torch.Tensor]]], scale
         for axis, column in zip(line, columns, strict=True):
             axis.set(xticks=[], yticks=[])
             if column in row:
-                picture = row[column].cpu().numpy()
+                picture = row[column].float().cpu().numpy()
                 low, high = limits.get(column, (0, 1))
                 picture = picture.transpose(1, 2, 0) if picture.ndim == 3 else picture
                 axis.imshow(picture, vmin=low, vmax=high, cmap="inferno")

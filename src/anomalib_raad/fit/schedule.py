@@ -1,0 +1,47 @@
+"""How many optimizer steps the two trained stages of a fit have."""
+
+from dataclasses import dataclass
+
+from typing_extensions import Self
+
+
+@dataclass(frozen=True)
+class TwoStages:
+    """Optimizer steps of two stages, one after the other.
+
+    Attributes:
+        first: Steps of the first stage; 0 where a model has none.
+        second: Steps of the second stage, at least 1.
+    """
+
+    first: int
+    second: int
+
+    @classmethod
+    def scaled(cls, first: int, second: int, total: int) -> Self:
+        """Share ``total`` steps in the proportion of the two lengths.
+
+        Raises:
+            ValueError: If a stage would be left without a step.
+        """
+        steps = round(total * first / (first + second))
+        if not min(first, 1) <= steps < total:
+            msg = (
+                f"{total} optimizer steps shared {first}:{second} leave a stage without a step; "
+                "raise max_steps or max_epochs, or change the model's own steps"
+            )
+            raise ValueError(msg)
+        return cls(steps, total - steps)
+
+    @property
+    def total(self) -> int:
+        """Steps of the whole run."""
+        return self.first + self.second
+
+    def begun(self, step: int) -> bool:
+        """Whether the optimizer step ``step``, counted from 0, belongs to the second stage."""
+        return step >= self.first
+
+    def progress(self, step: int) -> float:
+        """The share of its stage, from 0 to below 1, that lies before the optimizer step ``step``."""
+        return (step - self.first) / self.second if self.begun(step) else step / self.first

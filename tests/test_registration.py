@@ -108,7 +108,7 @@ def test_what_is_imported_is_declared() -> None:
     tomllib = pytest.importorskip("tomllib")  # of Python 3.11
     project = tomllib.loads((PROJECT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    optional = [name for extra in ("openvino", "distill", "cluster", "inspect") for name in extras[extra]]
+    optional = [name for extra in ("openvino", "cluster", "inspect") for name in extras[extra]]
     declared = {re.match(r"[\w-]+", name)[0].lower() for name in [*project["dependencies"], *optional]}
     distributions = packages_distributions()
     for path in (PROJECT / "src").rglob("*.py"):
@@ -117,8 +117,11 @@ def test_what_is_imported_is_declared() -> None:
             modules += [node.module] if isinstance(node, ast.ImportFrom) and not node.level else []
             for module in {name.partition(".")[0] for name in modules} - {"anomalib_raad", *sys.stdlib_module_names}:
                 names = {name.lower() for name in distributions.get(module, [module])} | {module.replace("_", "-")}
-                # OpenVINO comes with an extra of anomalib.
-                assert module == "openvino" or any(name.startswith(tuple(names)) for name in declared), (path, module)
+                # OpenVINO and NNCF come with an extra of anomalib.
+                assert module in {"openvino", "nncf"} or any(name.startswith(tuple(names)) for name in declared), (
+                    path,
+                    module,
+                )
 
 
 def last_line(result: subprocess.CompletedProcess[str]) -> object:

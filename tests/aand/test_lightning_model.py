@@ -84,7 +84,7 @@ def test_each_stage_moves_its_own_part(uninterrupted) -> None:
         }
         for first, last in ((states[0], states[1]), (states[2], states[3]))
     ]
-    assert moved == [{"amplifiers"}, {"student"}]
+    assert moved == [{"amplifiers"}, {"student", "level_means"}]
     for name, value in model.model.state_dict().items():
         torch.testing.assert_close(states[3][f"model.{name}"], value, rtol=0, atol=0, equal_nan=True)
 
@@ -193,6 +193,25 @@ def test_early_stopping_ends_a_stage_and_the_model_is_finished_all_the_same(cell
     engine(max_epochs=8, logger=False, callbacks=[stop]).fit(model, datamodule=cell_data())
     assert list(model.record.stages) == ["amplified", "distilled"]
     assert model.trainer.global_step == model.schedule.total < 32
+
+
+@pytest.mark.parametrize(("share", "warns"), [(0.004, True), (0.3, False), (1.0, True)])
+def test_a_foreground_of_nothing_or_everything_is_said(cell_data, engine, caplog, monkeypatch, share, warns) -> None:
+    model = make_aand()
+    monkeypatch.setattr(model.model.foreground, "find_", lambda images: share)
+    engine(max_steps=2, logger=False).fit(model, datamodule=cell_data())
+    assert (f"is {100 * share:.1f} % of the images" in caplog.text) is warns
+
+
+def test_a_finished_run_without_limits__error(cell_data, engine, tmp_path) -> None:
+    first = make_aand(amplify=False, distill_epochs=1)
+    engine(logger=False).fit(first, datamodule=cell_data())
+    path = next(tmp_path.rglob("model.ckpt"))
+    with pytest.raises(ValueError, match="the run is finished after 4 steps"):
+        engine(logger=False).fit(make_aand(amplify=False, distill_epochs=1), datamodule=cell_data(), ckpt_path=path)
+    longer = make_aand(amplify=False)
+    engine(max_steps=7, logger=False).fit(longer, datamodule=cell_data(), ckpt_path=path)
+    assert (longer.schedule, longer.trainer.global_step) == (Schedule(0, 7), 7)
 
 
 def test_one_batch(cell_data, engine) -> None:

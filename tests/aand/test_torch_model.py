@@ -1,3 +1,5 @@
+from copy import deepcopy
+
 import pytest
 import torch
 from anomalib.models.image.reverse_distillation.loss import ReverseDistillationLoss
@@ -5,6 +7,7 @@ from anomalib.models.image.reverse_distillation.torch_model import ReverseDistil
 from torch.nn import functional as F  # noqa: N812
 
 from anomalib_raad import AandModel
+from anomalib_raad.aand.blur import Blur
 from anomalib_raad.aand.torch_model import cell_labels, gate_figures
 from anomalib_raad.teacher.backbones import OFFLINE_BACKBONE, create_backbone
 
@@ -98,6 +101,24 @@ def test_every_pixel_has_a_score(loaded, size: tuple[int, int]) -> None:
     assert predictions.pred_score.shape == (2, 1)
     assert torch.equal(predictions.pred_score, predictions.anomaly_map.amax((2, 3)))
     assert 0 < predictions.anomaly_map.min() < predictions.anomaly_map.max() < 6
+
+
+def test_levels_count_relative_to_their_mean_on_normal_images(loaded) -> None:
+    model, images = deepcopy(loaded), [torch.rand(1, 3, 64, 64) for _ in range(3)]
+    model.blur = Blur(0)
+    with torch.no_grad():
+        levels = model.level_maps(images[0])
+        plain = model(images[0]).anomaly_map
+        model.set_level_means_(images)
+        relative = model(images[0]).anomaly_map
+
+    def laid_over(maps: list[torch.Tensor]) -> torch.Tensor:
+        return sum(F.interpolate(m, size=(64, 64), mode="bilinear", align_corners=True) for m in maps)
+
+    torch.testing.assert_close(plain, laid_over(levels))
+    with torch.no_grad():
+        means = [torch.cat(maps).mean() for maps in zip(*(model.level_maps(image) for image in images), strict=True)]
+    torch.testing.assert_close(relative, laid_over([level / mean for level, mean in zip(levels, means, strict=True)]))
 
 
 def test_batches_predict_as_single_images(loaded) -> None:

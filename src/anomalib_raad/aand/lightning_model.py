@@ -149,12 +149,11 @@ class Aand(StagedModel, AnomalibModule):
         if foreground not in {"otsu", "none"}:
             msg = f"foreground is {foreground!r}; otsu or none is needed"
             raise ValueError(msg)
-        self.model = AandModel(backbone, layers, amplify, items, temperature, hard_cells, blur)
+        self.model = AandModel(backbone, layers, amplify, items, temperature, hard_cells, normalize_levels, blur)
         self.backbone_name, self.weights, self.layers = backbone, weights, tuple(layers)
         self.amplify = amplify
         self.texture_dir, self.finds_foreground = texture_dir, foreground == "otsu"
         self.amplification_weight = amplification_weight
-        self.normalize_levels = normalize_levels
         self.lr = lr
         self.epochs = amplify_epochs if amplify else 0, distill_epochs
         self.schedule = Schedule(*self.epochs)  # of a run that has not begun: an image is an epoch
@@ -322,22 +321,28 @@ class Aand(StagedModel, AnomalibModule):
         """Note what the model says of held-out normal images, with and without synthetic anomalies; save the model."""
         images = list(self._images.prepared(self._images.held_out, "Reading the held-out images"))
         figures: dict[str, float] = {}
-        with self.evaluating(), randomness([int(self.run_seed)], self.device):
-            if stage is Stage.DISTILLED:
-                if self.normalize_levels:
-                    self.model.set_level_means_(images)
-                means = [self.model(image).anomaly_map.mean() for image in images]
-                figures["held_out_map"] = float(torch.stack(means).mean())
-            if self._synthesis:
-                foregrounds = [self.model.foreground(image) for image in images]
-                drawn = [self._synthesis(*pair) for pair in zip(images, foregrounds, strict=True)]
-                figures |= gate_figures(self.model, images, drawn)
-                figures["foreground"] = float(torch.stack([part.mean() for part in foregrounds]).mean())
-                if self.trainer.is_global_zero and not is_dev_run(self.trainer):
-                    folder = Path(self.trainer.default_root_dir)
-                    picture = draw_synthesis(folder / f"synthesis_{stage.value}.png", self.model, drawn, foregrounds)
-                    log_figures(self.loggers, [picture], step)
+        if stage is Stage.DISTILLED:
+            self.once(lambda: self._set_level_means(images))
+            figures = {f"held_out_distance_{n}": float(mean) for n, mean in enumerate(self.model.level_means, 1)}
+        if self._synthesis:
+            with self.evaluating(), randomness([int(self.run_seed)], self.device):
+                figures |= self._look_at_synthesis(self._synthesis, images, stage, step)
         self.end_stage(stage.value, step, {}, figures)
+
+    def _set_level_means(self, images: list[torch.Tensor]) -> None:
+        with self.evaluating():
+            self.model.set_level_means_(images)
+
+    def _look_at_synthesis(
+        self, synthesis: Synthesis, images: list[torch.Tensor], stage: Stage, step: int
+    ) -> dict[str, float]:
+        foregrounds = [self.model.foreground(image) for image in images]
+        drawn = [synthesis(*pair) for pair in zip(images, foregrounds, strict=True)]
+        if self.trainer.is_global_zero and not is_dev_run(self.trainer):
+            path = Path(self.trainer.default_root_dir) / f"synthesis_{stage.value}.png"
+            log_figures(self.loggers, [draw_synthesis(path, self.model, drawn, foregrounds)], step)
+        share = float(torch.stack([part.mean() for part in foregrounds]).mean())
+        return gate_figures(self.model, images, drawn) | {"foreground": share}
 
     def teardown(self, stage: str) -> None:
         """Give the datamodule its own training loader back, and forget what belongs to the fit."""

@@ -46,6 +46,7 @@ class AandModel(nn.Module):
         items: L, items of either memory.
         temperature: tau of the gate.
         hard_cells: K_h of Eq. 11; 0 for Eq. 10 alone.
+        normalize_levels: Let each level's distance count relative to its mean on normal images.
         blur: Sigma of the map's Gaussian blur in pixels; 0 for none.
     """
 
@@ -62,6 +63,7 @@ class AandModel(nn.Module):
         items: int = 50,
         temperature: float = 0.2,
         hard_cells: int = 10,
+        normalize_levels: bool = True,
         blur: float = 4.0,
     ) -> None:
         super().__init__()
@@ -73,12 +75,13 @@ class AandModel(nn.Module):
         self.amplifiers = nn.ModuleList(Amplifier(width, items, temperature) for width in channels if amplify)
         self.student = build_student(backbone, channels, layers)
         self.hard_cells = hard_cells
+        self.normalize_levels = normalize_levels
         self.blur = Blur(blur)
         mean, std = input_statistics(backbone, self.backbone)
         self.register_buffer("scale", 1 / torch.tensor(std).view(3, 1, 1, 1))
         self.register_buffer("shift", -torch.tensor(mean) / torch.tensor(std))
         self.register_buffer("backbone_loaded", torch.zeros((), dtype=torch.bool))
-        # What each level's distance is on normal images, on average; 1 leaves the levels as they are.
+        # What each level's distance is on normal images, on average; 1 until it is known.
         self.register_buffer("level_means", torch.ones(len(channels)))
         self.foreground = Foreground()
         self.train()
@@ -166,12 +169,13 @@ class AandModel(nn.Module):
         """Predict images ``(N, 3, H, W)`` in [0, 1].
 
         Returns:
-            The blurred sum of the levels' distances (Eq. 14), each relative to its mean on normal images,
-            ``(N, 1, H, W)``, not negative, and its maximum.
+            The blurred sum of the levels' distances (Eq. 14), each relative to its mean on normal images
+            unless that is switched off, ``(N, 1, H, W)``, not negative, and its maximum.
         """
+        means = self.level_means if self.normalize_levels else torch.ones_like(self.level_means)
         maps = [
             F.interpolate(level / mean, size=image.shape[-2:], mode="bilinear", align_corners=True)
-            for level, mean in zip(self.level_maps(image), self.level_means, strict=True)
+            for level, mean in zip(self.level_maps(image), means, strict=True)
         ]
         anomaly_map = self.blur(torch.stack(maps).sum(0))
         return InferenceBatch(pred_score=anomaly_map.amax(dim=(-2, -1)), anomaly_map=anomaly_map)

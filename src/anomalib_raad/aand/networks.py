@@ -9,7 +9,8 @@ from anomalib.models.image.reverse_distillation.components import get_bottleneck
 from torch import nn
 from torchvision.models.resnet import BasicBlock
 
-_LEAST_WIDTH = 32  # of a decoder's level
+_LEAST_WIDTH = 32  # of a decoder's level, and of the bottleneck
+_NARROWING = 4  # of the bottleneck: a wide one lets anomalies through, the more the longer it trains
 _RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "resnext50_32x4d", "resnext101_32x8d",
             "wide_resnet50_2", "wide_resnet101_2")  # fmt: skip  # which anomalib mirrors
 _WIDE = 128  # width of the bottleneck's groups for wide ResNets, as in the authors' code
@@ -28,7 +29,7 @@ class Student(nn.Module):
         super().__init__()
         last = channels[-1]
         self.gather = nn.ModuleList(_halvings(channels[number:]) for number in range(len(channels)))
-        width = 2 * last
+        width = max(last // _NARROWING, _LEAST_WIDTH)
         joined = len(channels) * last
         shortcut = nn.Sequential(nn.Conv2d(joined, width, 1, 2, bias=False), nn.BatchNorm2d(width))
         self.bottleneck = nn.Sequential(BasicBlock(joined, width, 2, shortcut), BasicBlock(width, width))

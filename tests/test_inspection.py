@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from anomalib.data.utils import read_image
-from anomalib.models import Raad
+from anomalib.models import Aand, Raad
 from PIL import Image
 from torchvision.transforms.v2.functional import resize
 
@@ -136,3 +136,14 @@ def test_in_a_browser(checkpoint, cells, unreadable, tmp_path) -> None:
         playwright.expect(view.get_by_text("cannot be used", exact=True)).to_have_count(0)
         browser.close()
     page.close()
+
+
+def test_a_checkpoint_of_aand_is_shown(cell_data, engine, cells, tmp_path) -> None:
+    model = Aand(pre_processor=Aand.configure_pre_processor((64, 64)), visualizer=False)
+    engine(max_steps=3, logger=False).fit(model, datamodule=cell_data())
+    predict, bits = load(next(tmp_path.rglob("model.ckpt")))
+    paths = [str(path) for path in cells.glob("bad/*")]
+    _, rows = inspect_images(predict, paths)
+    assert bits == []
+    assert len(rows) == len(paths)
+    assert all(row[2] in {"normal", "anomalous"} and 0 < row[1] < 1 for row in rows)

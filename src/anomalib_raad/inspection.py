@@ -17,7 +17,9 @@ from anomalib.visualization.image.functional import overlay_image, visualize_ano
 from PIL import Image
 from torchvision.transforms.v2.functional import resize
 
+from .aand.lightning_model import Aand
 from .data.readable import unreadable
+from .fit.checkpoints import check_archive
 from .post_processing import check_thresholds
 from .quantization.layers import quantizable_layers
 from .raad.lightning_model import Raad
@@ -47,7 +49,7 @@ def load(path: Path) -> tuple[Predict, list[list[str | int]]]:
         )
         return _load_ir(path), [[layer["layer"], layer["bits"]] for layer in layers]
     if path.suffix == ".ckpt":
-        model = Raad.load_from_checkpoint(path, map_location="cpu").eval()
+        model = _model_of(path).load_from_checkpoint(path, map_location="cpu").eval()
         check_thresholds(model.post_processor)
         return model, [[name, layer.bits] for name, layer in quantizable_layers(model.model).items()]
     msg = (
@@ -55,6 +57,12 @@ def load(path: Path) -> tuple[Predict, list[list[str | int]]]:
         "code; `anomalib export --export_type openvino` makes an IR of a checkpoint"
     )
     raise ValueError(msg)
+
+
+def _model_of(path: Path) -> type[Raad] | type[Aand]:
+    check_archive(path)
+    content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    return Aand if Aand.__name__ in content else Raad  # which says what is wrong with any other
 
 
 def _load_ir(path: Path) -> Predict:

@@ -50,6 +50,7 @@ logger = logging.getLogger(__name__)
 
 _BETAS = (0.5, 0.999)  # Adam's, as in the authors' code
 _FIXED = 3.0  # seconds for files
+_SETTLED = 0.5  # share of stage 2 after which its length is settled
 _LEAST_FOREGROUND = 0.01  # of the pixels
 _NEEDS = {
     "a positive number up to 1": ("lr",),
@@ -309,6 +310,8 @@ class Aand(StagedModel, AnomalibModule):
             schedule = Schedule(first, max(step + fits - first, 1))
         if schedule.total < self._longest:
             self.follow(self.trainer.strategy.broadcast(schedule))
+        if self.schedule.begun(step) and self.schedule.progress(step) < _SETTLED:
+            self._clock = StepClock(step)  # a step is faster once the amplified levels of all images are known
 
     def finish(self) -> None:
         """End stage 2 and report."""

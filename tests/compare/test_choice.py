@@ -37,7 +37,7 @@ def test_a_model_that_is_as_good_and_smaller_is_the_one_to_take(frame) -> None:
         "PatchCore detects best, with an image AUROC of 0.850; on so many test images Raad cannot be"
     )
     assert "Raad is the smallest, with 5.0 MB; Raad is the fastest, with 20 ms" in text
-    assert text.endswith("Take Raad: it costs the least and nothing detects better.")
+    assert text.endswith("Take Raad: it is the smallest, and these images do not show that any detects better.")
 
 
 def test_a_better_and_larger_model_is_for_detection(frame) -> None:

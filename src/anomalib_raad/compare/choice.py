@@ -54,7 +54,7 @@ def advice(frame: pd.DataFrame, resampled: Mapping[str, Mapping[str, np.ndarray]
         fastest = min(milliseconds, key=milliseconds.__getitem__)
         text += f"; {fastest} is the fastest, with {milliseconds[fastest]:.0f} ms an image in OpenVINO"
     if smallest in {best, *as_good}:
-        text += f". Take {smallest}: it costs the least and nothing detects better."
+        text += f". Take {smallest}: it is the smallest, and these images do not show that any detects better."
     else:
         text += f". Take {best} where detection is what counts, {smallest} where size is."
     intervals = [interval(models[best].mean(axis=1)) for models in resampled.values() if best in models]

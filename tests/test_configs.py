@@ -118,4 +118,4 @@ def test_the_configuration_of_aand_runs(path: Path, cell_data, tmp_path) -> None
     assert datamodule.train_batch_size == 16
     model.pre_processor = Aand.configure_pre_processor((64, 64))
     engine.fit(model, datamodule=cell_data())
-    assert list(model.record.stages) == ["amplified", "distilled"]
+    assert list(model.record.stages) == (["amplified"] if path.stem == "aand" else []) + ["distilled"]

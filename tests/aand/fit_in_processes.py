@@ -17,7 +17,7 @@ if __name__ == "__main__":
         name="cells", root=cells, normal_dir="train", normal_test_dir="good", abnormal_dir="bad",
         train_batch_size=1, eval_batch_size=2, num_workers=0, val_split_mode="same_as_test", seed=0,
     )  # fmt: skip
-    model = Aand(pre_processor=Aand.configure_pre_processor((64, 64)), visualizer=False)
+    model = Aand(pre_processor=Aand.configure_pre_processor((64, 64)), visualizer=False, amplify=True)
     engine = Engine(
         max_steps=5, devices=2, strategy="ddp_find_unused_parameters_true", accelerator="cpu", logger=False,
         default_root_dir=results, enable_progress_bar=False,

@@ -7,7 +7,7 @@ import pytest
 import torch
 from anomalib.data import Folder
 from anomalib.data.utils import read_image
-from anomalib.deploy import CompressionType, OpenVINOInferencer
+from anomalib.deploy import CompressionType, ExportType, OpenVINOInferencer
 from anomalib.engine import Engine
 from anomalib.models import Aand
 from lightning.pytorch import seed_everything
@@ -30,7 +30,7 @@ def data(cells) -> Folder:
 def finished(data, tmp_path_factory) -> Aand:
     """A model after some steps of a real run."""
     seed_everything(0)
-    model = Aand(pre_processor=Aand.configure_pre_processor((96, 64)), visualizer=False)
+    model = Aand(pre_processor=Aand.configure_pre_processor((96, 64)), visualizer=False, amplify=True)
     root = tmp_path_factory.mktemp("finished")
     Engine(max_steps=20, default_root_dir=root, accelerator="cpu", logger=False).fit(model, datamodule=data)
     return model.eval()
@@ -95,8 +95,8 @@ def test_post_training_quantization_sees_training_images_only(
 ) -> None:
     for name in ("val_dataloader", "test_dataloader"):
         monkeypatch.setattr(data, name, lambda: pytest.fail("images that are not for training"))
-    path = finished.to_openvino(
-        tmp_path, input_size=(300, 300), compression_type=CompressionType.INT8_PTQ, datamodule=data
+    path = Engine(default_root_dir=tmp_path).export(
+        finished, ExportType.OPENVINO, compression_type=CompressionType.INT8_PTQ, datamodule=data, input_size=(300, 300)
     )
     small, large = (p.with_suffix(".bin").stat().st_size for p in (path, dynamic))
     assert small < 0.45 * large

@@ -19,7 +19,7 @@ from anomalib_raad.aand.schedule import Schedule, Stage
 from anomalib_raad.fit.time_budget import TimeBudget
 
 STEPS = 9  # 4 of stage 1, 5 of stage 2; an epoch over 4 kept images ends within each stage
-OPTIONS = {"visualizer": False, "lr": 1e-3}
+OPTIONS = {"visualizer": False, "lr": 1e-3, "amplify": True}
 
 
 def make_aand(**options) -> Aand:
@@ -70,7 +70,7 @@ def test_both_stages_in_one_fit(uninterrupted) -> None:
     assert 0 < distilled["held_out_distance_3"] < 2
     logged = next(folder.rglob("metrics.csv")).read_text().splitlines()[0].split(",")
     assert {"amplified_gate_recall", "distilled_held_out_distance_3", "train_focal", "train_hkd"} <= set(logged)
-    for name in ("synthesis_amplified.png", "synthesis_distilled.png", "gate.png"):
+    for name in ("synthesis_amplified.png", "synthesis_distilled.png", "maps.png"):
         assert next(folder.rglob(name)).stat().st_size > 10_000
 
 
@@ -196,12 +196,15 @@ def test_early_stopping_ends_a_stage_and_the_model_is_finished_all_the_same(cell
     assert model.trainer.global_step == model.schedule.total < 32
 
 
-@pytest.mark.parametrize(("share", "warns"), [(0.004, True), (0.3, False), (1.0, True)])
-def test_a_foreground_of_nothing_or_everything_is_said(cell_data, engine, caplog, monkeypatch, share, warns) -> None:
+@pytest.mark.parametrize(
+    ("share", "said"), [(0.004, "is 0.4 % of the images only"), (0.3, ""), (1.0, "no foreground was found")]
+)
+def test_a_foreground_of_nothing_or_everything_is_said(cell_data, engine, caplog, monkeypatch, share, said) -> None:
     model = make_aand()
     monkeypatch.setattr(model.model.foreground, "find_", lambda images: share)
     engine(max_steps=2, logger=False).fit(model, datamodule=cell_data())
-    assert (f"is {100 * share:.1f} % of the images" in caplog.text) is warns
+    assert said in caplog.text
+    assert ("foreground" in caplog.text) is bool(said)
 
 
 def test_a_finished_run_without_limits__error(cell_data, engine, tmp_path) -> None:
@@ -213,6 +216,57 @@ def test_a_finished_run_without_limits__error(cell_data, engine, tmp_path) -> No
     longer = make_aand(amplify=False)
     engine(max_steps=7, logger=False).fit(longer, datamodule=cell_data(), ckpt_path=path)
     assert (longer.schedule, longer.trainer.global_step) == (Schedule(0, 7), 7)
+
+
+@pytest.mark.usefixtures("time_left")
+@pytest.mark.parametrize("time_left", [1e6], indirect=True)
+def test_enough_time_leaves_the_run_as_long_as_its_limits(cell_data, engine) -> None:
+    model = make_aand()
+    engine(max_steps=60, max_time="00:00:01:00", logger=False).fit(model, datamodule=cell_data())
+    assert (model.trainer.global_step, model.schedule) == (60, Schedule.scaled(100, 120, 60))
+
+
+def test_a_finished_run_with_a_time_that_is_resumed_without__error(cell_data, engine, tmp_path) -> None:
+    engine(max_time={"seconds": 20}, max_steps=30, logger=False).fit(make_aand(), datamodule=cell_data())
+    path = next(tmp_path.rglob("model.ckpt"))
+    assert torch.load(path, weights_only=True)["Aand"]["steps"]
+    with pytest.raises(ValueError, match="the run is finished after 30 steps"):
+        engine(logger=False).fit(make_aand(), datamodule=cell_data(), ckpt_path=path)
+
+
+def test_a_stage_checkpoint_resumes_without_the_patience_of_its_stage(cell_data, engine, tmp_path) -> None:
+    def callbacks() -> list[EarlyStopping]:
+        return [EarlyStopping("held_out_loss", patience=2)]
+
+    engine(max_steps=40, logger=False, callbacks=callbacks()).fit(make_aand(), datamodule=cell_data())
+    saved = torch.load(next(tmp_path.rglob("amplified.ckpt")), weights_only=True)
+    (stopping,) = (state for name, state in saved["callbacks"].items() if name.startswith("EarlyStopping"))
+    assert stopping["wait_count"] == 0
+    assert stopping["best_score"] == torch.inf
+
+
+def test_thresholds_are_set_whatever_the_rhythm_of_validation(cell_data, engine) -> None:
+    model = make_aand()
+    engine(max_steps=6, check_val_every_n_epoch=5, logger=False).fit(model, datamodule=cell_data())
+    assert model.post_processor.image_threshold.isfinite()
+
+
+def test_no_validation__error(cell_data, engine) -> None:
+    with pytest.raises(ValueError, match="limit_val_batches is 0, and the thresholds come from"):
+        engine(max_steps=2, limit_val_batches=0, logger=False).fit(make_aand(), datamodule=cell_data())
+
+
+def test_a_blur_wider_than_the_image__error(cell_data, engine) -> None:
+    with pytest.raises(ValueError, match=r"blur is 20, too wide for images of \(64, 64\): take at most 15"):
+        engine(max_steps=2, logger=False).fit(make_aand(blur=20), datamodule=cell_data())
+
+
+@pytest.mark.parametrize(("name", "amplify"), [("train_kd", True), ("train_focal", False)])
+def test_monitoring_what_a_stage_does_not_log__error(cell_data, engine, name: str, amplify: bool) -> None:
+    with pytest.raises(ValueError, match=f"monitors '{name}', which does not exist during a fit"):
+        engine(max_steps=2, logger=False, callbacks=[EarlyStopping(name)]).fit(
+            make_aand(amplify=amplify), datamodule=cell_data()
+        )
 
 
 def test_one_batch(cell_data, engine) -> None:
@@ -227,6 +281,7 @@ def test_one_batch(cell_data, engine) -> None:
         ({"lr": 0}, "lr is 0; a positive number up to 1 is needed"),
         ({"hard_cells": -1}, "hard_cells is -1; a whole number from 0 is needed"),
         ({"temperature": 0}, "temperature is 0; a positive number is needed"),
+        ({"texture_dir": "photos"}, "which serve the amplifiers only: set amplify"),
         ({"foreground": "disc"}, "foreground is 'disc'; otsu or none is needed"),
         ({"distill_epochs": 0}, "distill_epochs is 0; a whole number from 1 is needed"),
     ],

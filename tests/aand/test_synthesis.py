@@ -71,6 +71,8 @@ def test_photos_give_the_textures(tmp_path, images, foreground) -> None:
 
 
 def test_a_texture_folder_that_cannot_serve__error(tmp_path) -> None:
+    with pytest.raises(ValueError, match="photos' is no folder"):
+        Synthesis(tmp_path / "photos")
     with pytest.raises(ValueError, match="has 0 images, and 0 that cannot be read"):
         Synthesis(tmp_path)
     (tmp_path / "broken.png").write_text("no image")

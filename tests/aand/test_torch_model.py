@@ -18,7 +18,7 @@ LAYERS = (1, 2, 3)
 def loaded() -> AandModel:
     """On the offline backbone with its weights. Leave it as it is."""
     torch.manual_seed(0)
-    model = AandModel()
+    model = AandModel(amplify=True)
     model.load_backbone_(create_backbone(OFFLINE_BACKBONE, LAYERS))
     return model.eval()
 
@@ -33,7 +33,7 @@ def gradients(model: AandModel, loss: torch.Tensor) -> set[str]:
 
 def test_gradients_reach_what_a_stage_trains() -> None:
     torch.manual_seed(0)
-    model = AandModel()
+    model = AandModel(amplify=True)
     image, mask = torch.rand(2, 3, 64, 64), torch.zeros(2, 1, 64, 64)
     mask[..., :32] = 1
     statistics = {name: value.clone() for name, value in model.named_buffers()}
@@ -138,7 +138,7 @@ def test_the_gate_is_the_mean_of_the_levels(loaded) -> None:
         levels = [a.logits(level).sigmoid().mean() for a, level in loaded.amplified(loaded.features(image))]
     assert gate.shape == (1, 1, 64, 64)
     torch.testing.assert_close(gate.mean(), torch.stack(levels).mean(), rtol=0.05, atol=0)
-    assert not AandModel(amplify=False).gate(image).any()
+    assert not AandModel().gate(image).any()
 
 
 def test_figures_of_a_gate_that_knows(loaded, monkeypatch) -> None:

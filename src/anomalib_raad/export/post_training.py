@@ -1,5 +1,6 @@
 """Post-training quantization of an OpenVINO model on normal training images."""
 
+from copy import copy
 from typing import cast
 
 import numpy as np
@@ -35,7 +36,8 @@ def quantize(model: Model, datamodule: AnomalibDataModule | None) -> Model:
         msg = "INT8_PTQ needs normal images to find the ranges of the features: pass a datamodule (--data)"
         raise ValueError(msg)
     datamodule.setup("fit")
-    data, shape = datamodule.train_data, model.input(0).partial_shape
+    data, shape = copy(datamodule.train_data), model.input(0).partial_shape
+    data.augmentations = None
     size = [shape[2].get_length(), shape[3].get_length()] if shape[2].is_static else None
 
     def read(index: int) -> np.ndarray:

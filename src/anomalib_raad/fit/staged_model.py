@@ -63,19 +63,19 @@ class StagedModel(Base):
     A model sets the attributes below and ``model``, its torch half, and calls :meth:`begin_run` in its constructor.
 
     Attributes:
-        LOGGED: What training logs, apart from the loss on held-out images.
         SIZES: Smallest and largest side of an image.
+        logged: What training logs in each stage, apart from the loss on held-out images.
         held_out: Share of the training images that are held out.
         calibration_images: At most so many training images serve for what is computed from them.
         schedule: The run's steps.
         record: What the run has found out.
     """
 
-    LOGGED: ClassVar[tuple[str, ...]]
     SIZES: ClassVar[tuple[int, int]]
 
     run_seed: torch.Tensor
     pre_processor: PreProcessor | None
+    logged: tuple[str, ...]
     held_out: float
     calibration_images: int
     schedule: TwoStages
@@ -130,8 +130,11 @@ class StagedModel(Base):
             msg = f"{self.name} splits its training images itself: pass a datamodule to fit, not dataloaders"
             raise ValueError(msg)
         warn_of_slow_precision(self.trainer)
-        check_monitors(self.trainer, self.LOGGED)
+        check_monitors(self.trainer, self.logged)
         check_images(datamodule, gives_verdicts(self.post_processor))
+        if gives_verdicts(self.post_processor) and not self.trainer.limit_val_batches:
+            msg = "limit_val_batches is 0, and the thresholds come from the validation set: leave it out"
+            raise ValueError(msg)
         check_transform(self.transform, self.input_size, *self.SIZES)
 
     def on_fit_start(self) -> None:
@@ -181,18 +184,23 @@ class StagedModel(Base):
         kind = type(full)
         unlimited = self.trainer.max_steps == -1 and self.trainer.max_epochs in _UNLIMITED_EPOCHS
         if self.record.steps and (self._budget or unlimited):
+            self._check_unfinished(sum(self.record.steps))
             return kind(*self.record.steps)
         total = int(min(self.trainer.estimated_stepping_batches, torch.iinfo(torch.int64).max))
         if unlimited:
             total = min(total, full.total)
         if begun is not None:  # all that is left is the second stage, also with more steps than at first
-            if unlimited and self.global_step >= total:
-                msg = f"the run is finished after {total} steps; to train it on give it more max_steps, or max_time"
-                raise ValueError(msg)
+            if unlimited:
+                self._check_unfinished(total)
             return kind(begun, total - begun)
         if is_dev_run(self.trainer) and total == 1:
             return kind(0, 1)  # one batch, of the second stage
         return kind.scaled(full.first, full.second, total)
+
+    def _check_unfinished(self, total: int) -> None:
+        if self.global_step >= total:
+            msg = f"the run is finished after {total} steps; to train it on give it more max_steps, or max_time"
+            raise ValueError(msg)
 
     # ---------------------------------------------------------------------------------------------------- training
 

@@ -37,8 +37,10 @@ def put_off_validation(trainer: Trainer) -> None:
 
 
 def allow_validation(trainer: Trainer) -> None:
-    """Validate again as before :func:`put_off_validation`; nothing if that was not called."""
-    trainer.limit_val_batches = vars(trainer).pop(_PUT_OFF, trainer.limit_val_batches)
+    """Validate again at this epoch's end, if :func:`put_off_validation` was called."""
+    if _PUT_OFF in vars(trainer):
+        trainer.limit_val_batches = vars(trainer).pop(_PUT_OFF)
+        trainer.check_val_every_n_epoch = 1
 
 
 class TidyUp(Callback):

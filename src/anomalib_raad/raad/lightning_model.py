@@ -134,7 +134,7 @@ class Raad(StagedModel, AnomalibModule):
         >>> Engine(max_steps=2000).train(Raad(), datamodule=MVTecAD(train_batch_size=1))  # doctest: +SKIP
     """
 
-    LOGGED = ("train_loss", *(f"train_{name}" for name in Losses._fields))
+    logged = ("train_loss", *(f"train_{name}" for name in Losses._fields))
     SIZES = MIN_IMAGE_SIZE, MAX_IMAGE_SIZE
 
     model: RaadModel

@@ -48,10 +48,10 @@ def draw_synthesis(
 
 @torch.no_grad()
 def draw_test_images(results: Path, module: AnomalibModule, data: AnomalibDataset) -> list[Path]:
-    """Draw some test images of a finished run, their masks, the gate and the anomaly map.
+    """Draw some test images of a finished run, their masks, the gate where there is one, and the anomaly map.
 
     Args:
-        results: Results folder of the run; the picture is its ``gate.png``.
+        results: Results folder of the run; the picture is its ``maps.png``.
         module: The finished model.
         data: Test images, which are only shown.
     """
@@ -62,13 +62,12 @@ def draw_test_images(results: Path, module: AnomalibModule, data: AnomalibDatase
             item = data[index]
             image = cast("torch.Tensor", item.image)[None].to(module.device)
             image = cast("torch.Tensor", module.pre_processor(image)) if module.pre_processor else image
-            mask = {} if item.gt_mask is None else {"mask": item.gt_mask}
-            maps = {
-                "gate": model.gate(image)[0, 0],
-                "anomaly map": cast("torch.Tensor", model(image).anomaly_map)[0, 0],
-            }
-            rows.append((kind, {"image": image[0]} | mask | maps))
-    return [draw_rows(results / "gate.png", rows, [["gate"], ["anomaly map"]])]
+            row = {"image": image[0]} | ({} if item.gt_mask is None else {"mask": item.gt_mask})
+            if (gate := model.gate(image)[0, 0]).any():
+                row["gate"] = gate
+            rows.append((kind, row | {"anomaly map": cast("torch.Tensor", model(image).anomaly_map)[0, 0]}))
+    scaled = [name for name in ("gate", "anomaly map") if name in rows[0][1]]
+    return [draw_rows(results / "maps.png", rows, [[name] for name in scaled])]
 
 
 def write_report(folder: Path, stages: Mapping[str, dict[str, Any]], textures: str | None) -> None:

@@ -55,7 +55,12 @@ def create_backbone(name: str, layers: Sequence[int], weights: str | Path | None
         weights = _offline_weights()
     backbone = build_backbone(name, layers, pretrained=weights is None)
     if weights is not None:
-        _load_by_position(backbone, torch.load(weights, map_location="cpu", weights_only=True))
+        state = torch.load(weights, map_location="cpu", weights_only=True)
+        state = state.get("state_dict", state)
+        if backbone.state_dict().keys() <= state.keys():
+            backbone.load_state_dict(state, strict=False)
+        else:
+            _load_by_position(backbone, state)
     return backbone
 
 

@@ -111,6 +111,7 @@ class Aand(StagedModel, AnomalibModule):
         >>> Engine(max_time="00:00:10:00").train(Aand(), datamodule=MVTecAD(train_batch_size=16))  # doctest: +SKIP
     """
 
+    STEADIER = "lr or amplification_weight"
     SIZES = MIN_IMAGE_SIZE, MAX_IMAGE_SIZE
 
     model: AandModel

@@ -20,6 +20,8 @@ class Stage(str, Enum):
 class Schedule(TwoStages):
     """Steps of the amplifiers and of the student."""
 
+    SETTINGS = "amplify_epochs and distill_epochs"
+
     def __str__(self) -> str:
         return f"amplify {self.first}, distil {self.second}"
 

@@ -1,6 +1,7 @@
 """How many optimizer steps the two trained stages of a fit have."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from typing_extensions import Self
 
@@ -10,9 +11,12 @@ class TwoStages:
     """Optimizer steps of two stages, one after the other.
 
     Attributes:
+        SETTINGS: The model's settings for the two lengths, for an error.
         first: Steps of the first stage; 0 where a model has none.
         second: Steps of the second stage, at least 1.
     """
+
+    SETTINGS: ClassVar[str] = "the two lengths"
 
     first: int
     second: int
@@ -28,7 +32,7 @@ class TwoStages:
         if not min(first, 1) <= steps < total:
             msg = (
                 f"{total} optimizer steps shared {first}:{second} leave a stage without a step; "
-                "raise max_steps or max_epochs, or change the model's own steps"
+                f"raise max_steps or max_epochs, or change {cls.SETTINGS}"
             )
             raise ValueError(msg)
         return cls(steps, total - steps)

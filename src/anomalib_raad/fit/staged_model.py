@@ -63,6 +63,7 @@ class StagedModel(Base):
     A model sets the attributes below and ``model``, its torch half, and calls :meth:`begin_run` in its constructor.
 
     Attributes:
+        STEADIER: The settings whose lower values make training steadier, for an error.
         SIZES: Smallest and largest side of an image.
         logged: What training logs in each stage, apart from the loss on held-out images.
         held_out: Share of the training images that are held out.
@@ -71,6 +72,7 @@ class StagedModel(Base):
         record: What the run has found out.
     """
 
+    STEADIER: ClassVar[str]
     SIZES: ClassVar[tuple[int, int]]
 
     run_seed: torch.Tensor
@@ -249,7 +251,7 @@ class StagedModel(Base):
     def _stop_at_non_finite(self, what: str, details: str) -> None:
         msg = (
             f"the {what} of step {self.global_step} is not finite: {details}. The weights are those of the last good "
-            "step. Lower the learning rates or the weights of the losses."
+            f"step. Lower {self.STEADIER}."
         )
         raise FloatingPointError(msg)
 

@@ -135,6 +135,7 @@ class Raad(StagedModel, AnomalibModule):
     """
 
     logged = ("train_loss", *(f"train_{name}" for name in Losses._fields))
+    STEADIER = "lr, finetune_lr or the lambdas"
     SIZES = MIN_IMAGE_SIZE, MAX_IMAGE_SIZE
 
     model: RaadModel

@@ -26,6 +26,8 @@ STAGE_CHECKPOINTS = {"trained": "before quantization", "quantized": "after quant
 class Schedule(TwoStages):
     """Training is the first stage with steps, fine-tuning the second; quantization lies between."""
 
+    SETTINGS = "train_steps and finetune_steps"
+
     def __str__(self) -> str:
         return f"train {self.first}, quantize, fine-tune {self.second}"
 

@@ -302,11 +302,6 @@ def test_texture_folder__error(cell_data, engine, tmp_path) -> None:
         engine(max_steps=2, logger=False).fit(make_aand(texture_dir=tmp_path), datamodule=cell_data())
 
 
-def test_several_processes_without_unused_parameters__error(cell_data, engine) -> None:
-    with pytest.raises(ValueError, match="take strategy ddp_find_unused_parameters_true"):
-        engine(max_steps=2, logger=False, strategy="ddp").fit(make_aand(), datamodule=cell_data())
-
-
 def test_checkpoint_of_another_model__error(finished_run) -> None:
     with pytest.raises(ValueError, match="this is not a checkpoint of Aand"):
         Aand.load_from_checkpoint(next(finished_run.rglob("model.ckpt")))

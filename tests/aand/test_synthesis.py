@@ -2,7 +2,7 @@ import pytest
 import torch
 from PIL import Image
 
-from anomalib_raad.aand.synthesis import Synthesis
+from anomalib_raad.aand.synthesis import Synthesis, find_textures
 
 
 @pytest.fixture
@@ -65,16 +65,16 @@ def test_photos_give_the_textures(tmp_path, images, foreground) -> None:
     (tmp_path / "wood").mkdir()
     Image.new("RGB", (30, 20), (255, 0, 0)).save(tmp_path / "wood" / "red.png")
     torch.manual_seed(0)
-    changed, masks = Synthesis(tmp_path)(images, foreground)
+    changed, masks = Synthesis(find_textures(tmp_path))(images, foreground)
     seen = changed.permute(0, 2, 3, 1)[masks[:, 0] > 0]
     assert float((seen[:, 0] - seen[:, 1]).abs().mean()) > 0.02  # Perlin noise is grey before its augmentation
 
 
 def test_a_texture_folder_that_cannot_serve__error(tmp_path) -> None:
     with pytest.raises(ValueError, match="photos' is no folder"):
-        Synthesis(tmp_path / "photos")
+        find_textures(tmp_path / "photos")
     with pytest.raises(ValueError, match="has 0 images, and 0 that cannot be read"):
-        Synthesis(tmp_path)
+        find_textures(tmp_path)
     (tmp_path / "broken.png").write_text("no image")
     with pytest.raises(ValueError, match=r"1 that cannot be read\n.*broken.png"):
-        Synthesis(tmp_path)
+        find_textures(tmp_path)

@@ -28,7 +28,7 @@ from anomalib_raad.fit.modes import randomness
 from anomalib_raad.fit.record import Record
 from anomalib_raad.fit.staged_model import StagedModel
 from anomalib_raad.fit.time_budget import StepClock, TimeBudget
-from anomalib_raad.fit.trainer import datamodule_of, forget_best, is_dev_run
+from anomalib_raad.fit.trainer import forget_best, is_dev_run, validation_images
 from anomalib_raad.post_processing import check_thresholds
 from anomalib_raad.pre_processing import RaadPreProcessor
 from anomalib_raad.report.amplification import draw_synthesis, draw_test_images, write_report
@@ -36,7 +36,7 @@ from anomalib_raad.report.stages import FigureVisualizer, log_figures
 from anomalib_raad.teacher.backbones import OFFLINE_BACKBONE, create_backbone
 
 from .schedule import Schedule, Stage
-from .synthesis import Synthesis
+from .synthesis import Synthesis, find_textures
 from .torch_model import (
     MAX_IMAGE_SIZE,
     MIN_IMAGE_SIZE,
@@ -54,6 +54,7 @@ _SETTLED = 0.5  # share of stage 2 after which its length is settled
 _LEAST_FOREGROUND = 0.01  # of the pixels
 _NEEDS = {
     "a positive number up to 1": ("lr",),
+    "a positive number": ("temperature",),
     "zero or a positive number": ("amplification_weight", "blur"),
     "a whole number from 1": ("amplify_epochs", "distill_epochs", "items", "calibration_images"),
     "a whole number from 0": ("hard_cells",),
@@ -144,9 +145,6 @@ class Aand(StagedModel, AnomalibModule):
         super().__init__(pre_processor, post_processor, evaluator, visualizer)
         self.begin_run()
         check_numbers(self.hparams, _NEEDS)
-        if temperature <= 0:
-            msg = f"temperature is {temperature}; a positive number is needed"
-            raise ValueError(msg)
         if texture_dir is not None and not amplify:
             msg = "texture_dir is for synthetic anomalies, which serve the amplifiers only: set amplify"
             raise ValueError(msg)
@@ -193,9 +191,7 @@ class Aand(StagedModel, AnomalibModule):
                 msg = f"blur is {self.model.blur.sigma}, too wide for images of {tuple(self.input_size)}: "
                 msg += f"take at most {(min(self.input_size) - 1) // 4}"
                 raise ValueError(msg)
-        if self.amplify:
-            with randomness([0], torch.device("cpu")):
-                Synthesis(self.texture_dir)  # raises now what would stop the run at its first step
+        self._textures = [] if self.texture_dir is None else find_textures(self.texture_dir)
         if not self.model.backbone_loaded:
             self.model.load_backbone_(create_backbone(self.backbone_name, self.layers, self.weights))
 
@@ -211,7 +207,7 @@ class Aand(StagedModel, AnomalibModule):
             self._clock = StepClock(self.global_step)
         if self.amplify:
             with randomness([int(self.run_seed)], torch.device("cpu")):
-                self._synthesis = Synthesis(self.texture_dir)  # whose augmentations are drawn once
+                self._synthesis = Synthesis(self._textures)  # whose augmentations are drawn once
         if not self.record.seen:
             self.once(self._look_at_images)
 
@@ -229,8 +225,7 @@ class Aand(StagedModel, AnomalibModule):
             self.model(image)
             start = time.monotonic()
             self.model(image)
-        validation_images = len(getattr(datamodule_of(self.trainer), "val_data", None) or ())
-        images = (_LOOKS if self.amplify else 1) * len(self._images.held_out) + validation_images
+        images = (_LOOKS if self.amplify else 1) * len(self._images.held_out) + validation_images(self.trainer)
         needed = _FIXED + images * (time.monotonic() - start)
         # All processes take the first one's figures.
         self._end_seconds, left = self.trainer.strategy.broadcast((needed, budget.remaining))

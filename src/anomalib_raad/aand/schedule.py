@@ -1,20 +1,13 @@
 """The schedule of AAND inside one fit: amplify, distil."""
 
-from enum import Enum
-
-from anomalib_raad.fit.schedule import TwoStages
+from anomalib_raad.fit.schedule import Stages, TwoStages
 
 
-class Stage(str, Enum):
+class Stage(Stages):
     """What a run has reached."""
 
     AMPLIFIED = "amplified"
     DISTILLED = "distilled"
-
-    @property
-    def number(self) -> int:
-        """1 or 2, as the paper counts."""
-        return list(Stage).index(self) + 1
 
 
 class Schedule(TwoStages):

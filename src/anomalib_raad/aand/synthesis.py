@@ -1,5 +1,6 @@
 """Synthetic anomalies for stage 1: Perlin-shaped patches of a foreign texture on normal images."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -15,6 +16,24 @@ _LEAST_PIXELS, _TRIES = 5, 10  # of a mask, and how often another is drawn where
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
 
 
+def find_textures(texture_dir: str | Path) -> list[Path]:
+    """The photos of a folder, in sub-folders or not.
+
+    Raises:
+        ValueError: If there is no such folder, or it has no image, or one that cannot be read.
+    """
+    if not Path(texture_dir).is_dir():
+        msg = f"texture_dir {str(texture_dir)!r} is no folder"
+        raise ValueError(msg)
+    textures = sorted(path for path in Path(texture_dir).rglob("*") if path.suffix.lower() in _SUFFIXES)
+    faults = unreadable(textures)
+    if faults or not textures:
+        msg = f"texture_dir {str(texture_dir)!r} has {len(textures)} images, and "
+        msg += f"{len(faults)} that cannot be read\n{list_faults(faults)}"
+        raise ValueError(msg.rstrip())
+    return textures
+
+
 class Synthesis:
     """Blends textures into normal images: ``I^a = (1 - M) I + M ((1 - b) T + b I)``.
 
@@ -22,24 +41,11 @@ class Synthesis:
     Perlin noise.
 
     Args:
-        texture_dir: Folder with textures, in sub-folders or not; ``None`` for Perlin noise.
-
-    Raises:
-        ValueError: If there is no such folder, or it has no image, or one that cannot be read.
+        textures: Photos; none for Perlin noise.
     """
 
-    def __init__(self, texture_dir: str | Path | None = None) -> None:
-        self.textures: list[Path] = []
-        if texture_dir is not None:
-            if not Path(texture_dir).is_dir():
-                msg = f"texture_dir {str(texture_dir)!r} is no folder"
-                raise ValueError(msg)
-            self.textures = sorted(path for path in Path(texture_dir).rglob("*") if path.suffix.lower() in _SUFFIXES)
-            faults = unreadable(self.textures)
-            if faults or not self.textures:
-                msg = f"texture_dir {str(texture_dir)!r} has {len(self.textures)} images, and "
-                msg += f"{len(faults)} that cannot be read\n{list_faults(faults)}"
-                raise ValueError(msg.rstrip())
+    def __init__(self, textures: Sequence[Path] = ()) -> None:
+        self.textures = list(textures)
         self.generator = PerlinAnomalyGenerator()
 
     def __call__(self, images: torch.Tensor, foreground: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

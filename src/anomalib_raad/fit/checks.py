@@ -20,6 +20,7 @@ HELD_OUT_LOSS = "held_out_loss"
 
 NEEDS: dict[str, Callable[[Any], bool]] = {
     "a positive number up to 1": lambda x: 0 < x <= 1,
+    "a positive number": lambda x: x > 0,
     "zero or a positive number": lambda x: 0 <= x < math.inf,
     "a whole number from 1": lambda x: x >= 1 and isinstance(x, Integral),
     "a whole number from 0": lambda x: x >= 0 and isinstance(x, Integral),

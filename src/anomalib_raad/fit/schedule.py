@@ -1,9 +1,19 @@
-"""How many optimizer steps the two trained stages of a fit have."""
+"""The stages of a fit, and how many optimizer steps the two trained ones have."""
 
 from dataclasses import dataclass
+from enum import Enum
 from typing import ClassVar
 
 from typing_extensions import Self
+
+
+class Stages(str, Enum):
+    """What a run can reach, in order; a model names its own."""
+
+    @property
+    def number(self) -> int:
+        """From 1, as the papers count."""
+        return list(type(self)).index(self) + 1
 
 
 @dataclass(frozen=True)

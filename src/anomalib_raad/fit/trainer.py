@@ -25,6 +25,11 @@ def images_a_step(trainer: Trainer) -> int:
     return datamodule_of(trainer).train_batch_size * trainer.accumulate_grad_batches
 
 
+def validation_images(trainer: Trainer) -> int:
+    """Images of the datamodule's validation."""
+    return len(getattr(datamodule_of(trainer), "val_data", None) or ())
+
+
 def stop_not_before(trainer: Trainer, step: int) -> None:
     """Let the trainer go on when a callback asks it to stop before a step; who asked is seen in ``should_stop``."""
     trainer.fit_loop.epoch_loop.min_steps = step

@@ -28,7 +28,7 @@ from anomalib_raad.fit.checks import check_numbers
 from anomalib_raad.fit.feature_cache import FeatureCache
 from anomalib_raad.fit.staged_model import StagedModel
 from anomalib_raad.fit.time_budget import StepClock, TimeBudget
-from anomalib_raad.fit.trainer import datamodule_of, forget_best, images_a_step, is_dev_run
+from anomalib_raad.fit.trainer import forget_best, images_a_step, is_dev_run, validation_images
 from anomalib_raad.post_processing import check_thresholds
 from anomalib_raad.pre_processing import RaadPreProcessor
 from anomalib_raad.progress import progress
@@ -240,12 +240,12 @@ class Raad(StagedModel, AnomalibModule):
         with self.evaluating():
             image = next(self._images.prepared(self._images.calibration[:1], "Measuring the pace"))
             pace = measure_pace(self.model, image, solves=self.closed_form)
-        validation_images = len(getattr(datamodule_of(self.trainer), "val_data", None) or ())
-        self._pacer = Pacer(budget, pace, validation_images, self.full_schedule, self.schedule.total, self.global_step)
+        validated = validation_images(self.trainer)
+        self._pacer = Pacer(budget, pace, validated, self.full_schedule, self.schedule.total, self.global_step)
         held_out, calibration = len(self._images.held_out), len(self._images.calibration)
         usual = Plan(calibration, held_out, SAMPLES, self.reconstruction.iterations, budget.seconds)
         images = min(images_a_step(self.trainer), len(self._images.kept))
-        planned = plan(budget.remaining, pace, usual, validation_images, images)
+        planned = plan(budget.remaining, pace, usual, validated, images)
         self.record.plan = self.trainer.strategy.broadcast(planned)
 
     def _prepare_model(self) -> None:

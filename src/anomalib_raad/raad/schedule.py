@@ -1,22 +1,16 @@
 """The schedule of RAAD inside one fit: train, quantize, fine-tune (paper, sections 3.1 and 4.2)."""
 
 from dataclasses import dataclass
-from enum import Enum
 
-from anomalib_raad.fit.schedule import TwoStages
+from anomalib_raad.fit.schedule import Stages, TwoStages
 
 
-class Stage(str, Enum):
+class Stage(Stages):
     """What a run has reached. Optimizer steps lead to ``trained`` and ``fine_tuned``, quantization lies between."""
 
     TRAINED = "trained"
     QUANTIZED = "quantized"
     FINE_TUNED = "fine_tuned"
-
-    @property
-    def number(self) -> int:
-        """1, 2 or 3, as the paper counts."""
-        return list(Stage).index(self) + 1
 
 
 STAGE_CHECKPOINTS = {"trained": "before quantization", "quantized": "after quantization", "model": "after fine-tuning"}

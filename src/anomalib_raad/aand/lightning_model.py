@@ -1,18 +1,15 @@
 """AAND as an anomalib model: the hooks that carry a fit through its two stages."""
 
 import logging
-import math
-import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal, cast
 
 import torch
-from anomalib.data import AnomalibDataModule, ImageBatch
-from anomalib.deploy import CompressionType, ExportType
+from anomalib.data import ImageBatch
 from anomalib.metrics import Evaluator
 from anomalib.models.components import AnomalibModule
-from anomalib.models.components.base.export_mixin.utils import create_export_root
 from anomalib.post_processing import PostProcessor
 from anomalib.pre_processing import PreProcessor
 from anomalib.visualization import Visualizer
@@ -21,18 +18,16 @@ from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torchvision.transforms.v2 import Resize
 
 from anomalib_raad.data.drift import ranges
-from anomalib_raad.export.installed import check_installed
+from anomalib_raad.export.mixin import PostTrainingExport
 from anomalib_raad.fit.checks import check_numbers
-from anomalib_raad.fit.feature_cache import FeatureCache
 from anomalib_raad.fit.modes import randomness
+from anomalib_raad.fit.paced_model import PacedModel
 from anomalib_raad.fit.record import Record
-from anomalib_raad.fit.staged_model import StagedModel
-from anomalib_raad.fit.time_budget import StepClock, TimeBudget
-from anomalib_raad.fit.trainer import forget_best, is_dev_run, validation_images
-from anomalib_raad.post_processing import check_thresholds
+from anomalib_raad.fit.trainer import forget_best, is_dev_run
 from anomalib_raad.pre_processing import RaadPreProcessor
-from anomalib_raad.report.amplification import draw_synthesis, draw_test_images, write_report
+from anomalib_raad.report.amplification import draw_synthesis, write_report
 from anomalib_raad.report.stages import FigureVisualizer, log_figures
+from anomalib_raad.report.test_images import draw_test_images
 from anomalib_raad.teacher.backbones import OFFLINE_BACKBONE, create_backbone
 
 from .schedule import Schedule, Stage
@@ -49,8 +44,6 @@ logger = logging.getLogger(__name__)
 
 _BETAS = (0.5, 0.999)  # Adam's, as in the authors' code
 _LOOKS = 6  # at a held-out image, in images' time, with synthetic anomalies and without
-_FIXED = 3.0  # seconds for files
-_SETTLED = 0.5  # share of stage 2 after which its length is settled
 _LEAST_FOREGROUND = 0.01  # of the pixels
 _NEEDS = {
     "a positive number up to 1": ("lr",),
@@ -68,7 +61,7 @@ class AandRecord(Record):
     FORMAT: ClassVar[int] = 1
 
 
-class Aand(StagedModel, AnomalibModule):
+class Aand(PacedModel, PostTrainingExport, AnomalibModule):
     """AAND: reverse distillation from a teacher whose anomalies are amplified.
 
     One ``fit`` trains a student to reproduce the levels of a frozen backbone on normal images. An anomaly is where it
@@ -163,11 +156,8 @@ class Aand(StagedModel, AnomalibModule):
         self.schedule = Schedule(*self.epochs)  # of a run that has not begun: an image is an epoch
         self.held_out = held_out
         self.calibration_images = calibration_images
-        self._targets = FeatureCache(self._compute_targets)
+        self.looks = _LOOKS if amplify else 1
         self._synthesis: Synthesis | None = None
-        self._clock: StepClock | None = None
-        self._longest = self.schedule  # whatever the time
-        self._end_seconds = 0.0
 
     # ---------------------------------------------------------------------------------------------- before training
 
@@ -197,14 +187,9 @@ class Aand(StagedModel, AnomalibModule):
 
     def on_train_start(self) -> None:
         """Lay out the schedule and find the foreground, once a run."""
-        steps = math.ceil(self.trainer.num_training_batches / self.trainer.accumulate_grad_batches)
         amplify, distill = self.epochs
-        full = Schedule(amplify * steps, distill * steps)
+        full = Schedule(amplify * self.steps_an_epoch, distill * self.steps_an_epoch)
         self.lay_out(full, self._first_distilled)
-        self._clock, self._longest = None, self.schedule
-        if self._budget and not self.record.steps:  # a resumed run keeps its steps
-            self._measure_end(self._budget)
-            self._clock = StepClock(self.global_step)
         if self.amplify:
             with randomness([int(self.run_seed)], torch.device("cpu")):
                 self._synthesis = Synthesis(self._textures)  # whose augmentations are drawn once
@@ -217,22 +202,6 @@ class Aand(StagedModel, AnomalibModule):
         if self.record.reached(Stage.AMPLIFIED):
             return self.record.step(Stage.AMPLIFIED)
         return None if self.amplify else 0
-
-    def _measure_end(self, budget: TimeBudget) -> None:
-        """Find how long it takes to look at held-out and validation images at the end."""
-        image = next(self._images.prepared(self._images.held_out[:1], "Measuring the pace"))
-        with self.evaluating():
-            self.model(image)
-            start = time.monotonic()
-            self.model(image)
-        images = (_LOOKS if self.amplify else 1) * len(self._images.held_out) + validation_images(self.trainer)
-        needed = _FIXED + images * (time.monotonic() - start)
-        # All processes take the first one's figures.
-        self._end_seconds, left = self.trainer.strategy.broadcast((needed, budget.remaining))
-        if left < 2 * self._end_seconds:
-            msg = f"max_time leaves {left:.0f} s; on this machine these images need "
-            msg += f"{2 * self._end_seconds:.0f} s at least: raise max_time, or choose smaller images"
-            raise ValueError(msg)
 
     def _look_at_images(self) -> None:
         images = self._images.calibration
@@ -268,8 +237,7 @@ class Aand(StagedModel, AnomalibModule):
         if self.schedule.begun(self.global_step) and not distils:
             forget_best(self.trainer)  # before the stage's checkpoint, which resumes as the run goes on
             self._end_stage(Stage.AMPLIFIED, self.global_step)
-            if self._clock:
-                self._clock = StepClock(self.global_step)
+            self.time_anew()
 
     def training_step(self, batch: ImageBatch, batch_idx: int) -> STEP_OUTPUT:
         """Compute the loss of the stage and log its terms."""
@@ -279,8 +247,7 @@ class Aand(StagedModel, AnomalibModule):
             if stage is Stage.AMPLIFIED:
                 loss, terms = self._amplification(images)
             else:
-                paths = None if self._images.vary else batch.image_path
-                loss, terms = self._distillation(self._targets(paths, images) if paths else None, images)
+                loss, terms = self._distillation(self.features_of(batch))
         self.log_losses(loss, terms, stage.number)
         return loss
 
@@ -291,43 +258,19 @@ class Aand(StagedModel, AnomalibModule):
         return losses.focal + self.amplification_weight * losses.amplification, losses._asdict()
 
     @torch.no_grad()
-    def _compute_targets(self, images: torch.Tensor) -> list[torch.Tensor]:
+    def compute_features(self, images: torch.Tensor) -> list[torch.Tensor]:
+        """The amplified levels."""
         return self.model.targets(self.model.features(images))
 
-    def _distillation(
-        self, targets: Sequence[torch.Tensor] | None, images: torch.Tensor
-    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        losses = self.model.distillation_losses(targets or self._compute_targets(images))
+    def _distillation(self, targets: Sequence[torch.Tensor]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        losses = self.model.distillation_losses(targets)
         return losses.kd + losses.hkd, losses._asdict()
 
     def held_out_loss(self, image: torch.Tensor) -> torch.Tensor:
         """The loss of the stage that the run is in, for a held-out normal image ``(1, 3, H, W)``."""
-        return (self._amplification(image) if self._first_distilled is None else self._distillation(None, image))[0]
-
-    def on_train_batch_end(self, outputs: STEP_OUTPUT, batch: ImageBatch, batch_idx: int) -> None:
-        """Lay out the steps that the time allows when a stage's pace is known."""
-        del outputs, batch, batch_idx
-        step = self.global_step
-        if not self._clock or step >= self.schedule.total:
-            return
-        paced = self._paced(step) if self._clock.tick(step) else None
-        if schedule := self.trainer.strategy.broadcast(paced):  # the first process's, at the same step in all
-            self.follow(schedule)
-            if schedule.begun(step) and schedule.progress(step) < _SETTLED:
-                self._clock = StepClock(step)  # a step is faster once the amplified levels of all images are known
-
-    def _paced(self, step: int) -> Schedule:
-        """The schedule that fits the time that is left, at the pace that the clock has found."""
-        clock, budget, longest = cast("StepClock", self._clock), cast("TimeBudget", self._budget), self._longest
-        fits = max(int((budget.remaining - self._end_seconds) / clock.found), 1)
-        if self.schedule.begun(step):
-            first = self.schedule.first
-            return Schedule(first, min(step + fits, longest.total) - first)
-        if step + fits >= longest.total:
-            return longest
-        # A step of stage 2 is taken for as long as one of stage 1, so that the time is shared.
-        first = step + max(round(fits * longest.first / longest.total), 1)
-        return Schedule(first, max(step + fits - first, 1))
+        if self._first_distilled is None:
+            return self._amplification(image)[0]
+        return self._distillation(self.compute_features(image))[0]
 
     def finish(self) -> None:
         """End stage 2 and report."""
@@ -364,60 +307,12 @@ class Aand(StagedModel, AnomalibModule):
         return gate_figures(self.model, images, drawn) | {"foreground": share}
 
     def teardown(self, stage: str) -> None:
-        """Give the datamodule its own training loader back, and forget what belongs to the fit."""
+        """Forget what belongs to the fit."""
         super().teardown(stage)
         if stage == "fit":
-            self._targets.clear()
-            self._synthesis = self._clock = None
+            self._synthesis = None
 
     # ------------------------------------------------------------------------------------------------------- anomalib
-
-    def to_openvino(
-        self,
-        export_root: Path | str,
-        model_file_name: str = "model",
-        input_size: tuple[int, int] | None = None,
-        compression_type: CompressionType | None = None,
-        datamodule: AnomalibDataModule | None = None,
-        *args: Any,
-        **kwargs: Any,
-    ) -> Path:
-        """Export to OpenVINO IR, in floating point or quantized to 8 bits on normal training images.
-
-        Args:
-            export_root: The IR goes into ``weights/openvino`` in this folder.
-            model_file_name: Name of the files.
-            input_size: Height and width of the images; ``None``: any.
-            compression_type: ``None``, ``FP16`` for weights in float16, or ``INT8_PTQ`` for convolutions in integers.
-                With the others, and with options for anomalib's conversion, anomalib exports.
-            datamodule: For ``INT8_PTQ``, whose ranges come from its training images; anomalib would take those of its
-                validation, which may be test images.
-            args: The other arguments of anomalib's method.
-            kwargs: Like ``args``.
-
-        Returns:
-            Path of the ``.xml`` file.
-
-        Raises:
-            ValueError: If the model is not finished, or there is no datamodule.
-            ModuleNotFoundError: If OpenVINO or NNCF is not installed.
-        """
-        check_thresholds(self.post_processor)
-        plain = args or kwargs.get("ov_kwargs") or kwargs.get("onnx_kwargs")
-        if plain or compression_type in {CompressionType.INT8, CompressionType.INT8_ACQ}:
-            return super().to_openvino(
-                export_root, model_file_name, input_size, compression_type, datamodule, *args, **kwargs
-            )
-        check_installed("openvino", *(["nncf"] if compression_type == CompressionType.INT8_PTQ else []))
-        from anomalib_raad.export.openvino import convert, save_ir  # noqa: PLC0415  # optional parts of anomalib
-        from anomalib_raad.export.post_training import quantize  # noqa: PLC0415
-
-        path = create_export_root(export_root, ExportType.OPENVINO) / f"{model_file_name}.xml"
-        graph = convert(self, input_size)
-        if compression_type == CompressionType.INT8_PTQ:
-            graph = quantize(graph, datamodule)
-        save_ir(graph, path, half=compression_type == CompressionType.FP16)
-        return path
 
     @classmethod
     def configure_pre_processor(cls, image_size: tuple[int, int] | None = None) -> PreProcessor:
@@ -427,4 +322,9 @@ class Aand(StagedModel, AnomalibModule):
     @classmethod
     def configure_visualizer(cls) -> FigureVisualizer:
         """Heatmaps as anomalib draws them, and a picture of some test images."""
-        return FigureVisualizer(draw_test_images, "maps.png")
+        return FigureVisualizer(partial(draw_test_images, columns=_gate), "maps.png")
+
+
+def _gate(module: AnomalibModule, image: torch.Tensor) -> dict[str, torch.Tensor]:
+    model = cast("AandModel", module.model)
+    return {"gate": model.gate(image)[0, 0]} if model.amplifiers else {}

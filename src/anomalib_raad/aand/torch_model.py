@@ -9,7 +9,7 @@ from anomalib.data import InferenceBatch
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
 
-from anomalib_raad.teacher.backbones import OFFLINE_BACKBONE, build_backbone, input_statistics
+from anomalib_raad.teacher.backbones import OFFLINE_BACKBONE, InputNorm, build_backbone, input_statistics
 
 from .amplifier import Amplifier
 from .blur import Blur
@@ -50,8 +50,6 @@ class AandModel(nn.Module):
         blur: Sigma of the map's Gaussian blur in pixels; 0 for none.
     """
 
-    scale: torch.Tensor
-    shift: torch.Tensor
     backbone_loaded: torch.Tensor
     level_means: torch.Tensor
 
@@ -77,9 +75,7 @@ class AandModel(nn.Module):
         self.hard_cells = hard_cells
         self.normalize_levels = normalize_levels
         self.blur = Blur(blur)
-        mean, std = input_statistics(backbone, self.backbone)
-        self.register_buffer("scale", 1 / torch.tensor(std).view(3, 1, 1, 1))
-        self.register_buffer("shift", -torch.tensor(mean) / torch.tensor(std))
+        self.norm = InputNorm(*input_statistics(backbone, self.backbone))
         self.register_buffer("backbone_loaded", torch.zeros((), dtype=torch.bool))
         # What each level's distance is on normal images, on average; 1 until it is known.
         self.register_buffer("level_means", torch.ones(len(channels)))
@@ -112,8 +108,7 @@ class AandModel(nn.Module):
     @torch.no_grad()
     def features(self, image: torch.Tensor) -> list[torch.Tensor]:
         """F_T of each level, ``(N, C_k, H_k, W_k)``, of images ``(N, 3, H, W)`` in [0, 1]."""
-        # Normalised by a convolution: OpenVINO takes channels for columns where arithmetic follows the resize.
-        return self.backbone(F.conv2d(image, self.scale, self.shift, groups=3))
+        return self.backbone(self.norm(image))
 
     def targets(self, features: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """F_A of each level (Eq. 1), which are the features where nothing is amplified."""

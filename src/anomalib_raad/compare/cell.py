@@ -17,7 +17,7 @@ import yaml
 from anomalib.data import MVTecLOCO
 from anomalib.data.utils import ValSplitMode
 from anomalib.engine import Engine
-from anomalib.metrics import AUPR, AUPRO, AUROC, Evaluator, F1Score
+from anomalib.metrics import AUPR, AUPRO, AUROC, F1Score
 from anomalib.models.components import AnomalibModule
 from anomalib.visualization.image.item_visualizer import visualize_image_item
 from lightning.pytorch import seed_everything
@@ -25,6 +25,7 @@ from PIL import Image
 from torchmetrics.functional.classification import binary_auroc
 from torchvision.transforms.v2.functional import resize
 
+from anomalib_raad.evaluation import ProductEvaluator
 from anomalib_raad.metrics import AUsPRO
 from anomalib_raad.quantization.layers import quantizable_layers
 from anomalib_raad.quantization.size import average_bits, model_bytes
@@ -99,7 +100,7 @@ def _run(
     }
 
 
-class _Recorder(Evaluator):
+class _Recorder(ProductEvaluator):
     """Notes the time of each training step and the score of each test image as well."""
 
     def __init__(self, test_metrics: Sequence[Any]) -> None:

@@ -49,19 +49,20 @@ def check_numbers(settings: Mapping[str, Any], needs: Mapping[str, Iterable[str]
                 raise ValueError(msg)
 
 
-def check_images(datamodule: AnomalibDataModule, validates: bool) -> None:
+def check_images(datamodule: AnomalibDataModule, validates: bool, few_shot: bool = False) -> None:
     """Read every image for training and validation.
 
     Args:
         datamodule: Its data must be set up.
         validates: Whether the model's thresholds come from the validation images.
+        few_shot: Whether no image is held out.
 
     Raises:
         ValueError: If there are fewer than two training images, no validation image that is needed, or an image cannot
             be read.
     """
     number = len(datamodule.train_data)
-    if number < 2:
+    if number < 2 and not few_shot:
         msg = f"the training set has {number} image(s); one is needed to train on and one to hold out, better 20"
         raise ValueError(msg)
     validation = getattr(datamodule, "val_data", None)

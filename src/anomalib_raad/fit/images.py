@@ -9,6 +9,7 @@ from anomalib.data import AnomalibDataModule
 from torch.utils.data import DataLoader, Sampler
 from torchvision.transforms.v2 import Transform
 
+from anomalib_raad.data.few_shot import VERSIONS
 from anomalib_raad.progress import progress
 
 
@@ -77,9 +78,11 @@ class NormalImages:
         calibration_images: At most so many of the kept images serve as ``calibration``.
         transform: What the model does to an image before its networks see it.
         device: Where they see it.
+        shots: Train on so many images alone, each of which comes once in every version in a round; they are looked at
+            instead of held-out images as well. ``None``: on all.
 
     Raises:
-        ValueError: If there are fewer than two images.
+        ValueError: If there are fewer images than shots, or images of several products.
     """
 
     def __init__(
@@ -90,13 +93,18 @@ class NormalImages:
         calibration_images: int | None = None,
         transform: Transform | None = None,
         device: torch.device | str = "cpu",
+        shots: int | None = None,
     ) -> None:
         self.datamodule = datamodule
         self.seed = seed
         order = torch.randperm(len(datamodule.train_data), generator=torch.Generator().manual_seed(seed)).tolist()
         number = min(max(1, round(held_out * len(order))), len(order) - 1)
         self.held_out, self.kept = order[:number], order[number:]
+        if shots is not None:
+            self._check_shots(shots)
+            self.held_out = self.kept = order[:shots]
         self.calibration = self.kept[:calibration_images]
+        self._repeated = 1 if shots is None else VERSIONS
         self.transform = transform
         self.device = device
         self._plain = copy(datamodule.train_data)
@@ -105,6 +113,15 @@ class NormalImages:
         # ensemble, however, anomalib resizes in them, and cuts the tile out while it collates.
         if datamodule.external_collate_fn is None:
             self._plain.augmentations = None
+
+    def _check_shots(self, shots: int) -> None:
+        samples = self.datamodule.train_data.samples
+        if len(samples) < shots:
+            msg = f"shots is {shots}, and the training set has {len(samples)} image(s) beside those for validation"
+            raise ValueError(msg)
+        if samples.get("product", samples.image_path.head(1)).nunique() > 1:
+            msg = "shots are the images of one product, and the training set has several: leave shots out"
+            raise ValueError(msg)
 
     @property
     def vary(self) -> bool:
@@ -136,7 +153,9 @@ class NormalImages:
 
         def train_dataloader() -> DataLoader:
             loader = original()
-            batches = ResumableBatches(self.kept, loader.batch_size, self.seed, position, rank, world_size)
+            batches = ResumableBatches(
+                self.kept * self._repeated, loader.batch_size, self.seed, position, rank, world_size
+            )
             return DataLoader(
                 loader.dataset,
                 batch_sampler=batches,

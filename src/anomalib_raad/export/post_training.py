@@ -18,7 +18,7 @@ _CONVOLUTIONS = ("Convolution", "ConvolutionBackpropData")
 
 
 def quantize(model: Model, datamodule: AnomalibDataModule | None) -> Model:
-    """Quantize the convolutions of an anomaly detector to 8 bits, with ranges from normal training images.
+    """Quantize an anomaly detector's convolutions and linear layers to 8 bits, with ranges from normal training images.
 
     Rounding makes teacher and student differ a little everywhere. What that adds to the maps of normal images is
     subtracted again, so that thresholds keep their meaning.
@@ -57,22 +57,36 @@ def quantize(model: Model, datamodule: AnomalibDataModule | None) -> Model:
 
 
 def _in_full_precision(model: Model) -> list[str]:
-    """Names of what is not quantized: everything but convolutions of features.
+    """Names of what is not quantized: everything but convolutions and linear layers of features.
 
     Normal images show the range of features, not that of anomaly maps, which an anomaly exceeds: a map of 8 bits would
     be cut off at the highest normal score.
     """
-    return [op.get_friendly_name() for op in model.get_ordered_ops() if not _convolves_features(op)]
+    return [op.get_friendly_name() for op in model.get_ordered_ops() if not (_convolves_features(op) or _is_linear(op))]
 
 
 def _convolves_features(op: Node) -> bool:
-    return op.get_type_name().endswith(_CONVOLUTIONS) and op.input(0).get_partial_shape()[1] != 1
+    """Whether it is a convolution, but of a map or of an image that it normalises, which OpenVINO does not compile."""
+    channels = op.input(0).get_partial_shape()[1] if op.get_type_name().endswith(_CONVOLUTIONS) else 1
+    return channels != 1 and not (op.get_type_name() == "GroupConvolution" and channels == 3)
+
+
+def _is_linear(op: Node) -> bool:
+    """Whether it multiplies by a constant matrix."""
+    if op.get_type_name() != "MatMul":
+        return False
+    matrix = op.input_value(1).get_node()
+    while matrix.get_type_name() in {"Convert", "Transpose"}:
+        matrix = matrix.input_value(0).get_node()
+    return matrix.get_type_name() == "Constant"
 
 
 def _map(model: Model) -> Output:
-    """The anomaly map before its post-processing: what the last maximum, the score, is taken of."""
+    """The anomaly map before its post-processing: what the last maximum, the score, is taken of, or of its means."""
     maxima = [op for op in model.get_ordered_ops() if op.get_type_name() == "ReduceMax"]
-    return maxima[-1].input(0).get_source_output()
+    output = maxima[-1].input(0).get_source_output()
+    node = output.get_node()
+    return node.input(0).get_source_output() if node.get_type_name() == "AvgPool" else output
 
 
 def _compiled_map(model: Model) -> openvino.CompiledModel:

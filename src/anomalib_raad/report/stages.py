@@ -147,7 +147,7 @@ def draw_rows(path: Path, rows: Sequence[tuple[str, dict[str, torch.Tensor]]], s
     columns = max((list(row) for _, row in rows), key=len)
     limits: dict[str, tuple[float, float]] = {}
     for together in scales:
-        values = torch.cat([row[column].flatten() for _, row in rows for column in together]).cpu().numpy()
+        values = torch.cat([row[column].flatten() for _, row in rows for column in together]).float().cpu().numpy()
         limits |= dict.fromkeys(together, (values.min(), np.quantile(values, _BRIGHTEST)))
     size = (2.2 * len(columns), 2.2 * len(rows))
     figure, axes = plt.subplots(len(rows), len(columns), figsize=size, layout="constrained", squeeze=False)

@@ -1,4 +1,4 @@
-"""What a deployed Raad and Aand cost, against anomalib's EfficientAd: latency, throughput, size, memory.
+"""What deployed Raad, Aand and Agpnet cost, against anomalib's EfficientAd: latency, throughput, size, memory.
 
     python -m benchmarks.openvino --output openvino.json
 
@@ -8,8 +8,8 @@ on EfficientNet-Lite0, a bank of anomalib's default for 200 images at 256x256: a
 infer the same solar cell in turn in one process, so that whatever else the machine does slows all of them: quote the
 ratios. The int8 peak is what OpenVINO reaches in convolutions that have nothing else to do, measured in the same turn;
 a variant's share of it is its multiply-adds in that time. EfficientAd's INT8_PTQ is what anomalib's own export makes,
-calibrated on the validation cells; Aand's is made on training cells. Memory is what loading a model and one inference
-add to a process of its own.
+calibrated on the validation cells; Aand's and Agpnet's are made on training cells. Memory is what loading a model and
+one inference add to a process of its own.
 """
 
 import json
@@ -34,7 +34,7 @@ from rich.console import Console
 from rich.table import Table
 from torchvision.transforms.v2 import Resize
 
-from anomalib_raad import Aand, Raad
+from anomalib_raad import Aand, Agpnet, Raad
 from anomalib_raad.compare.baselines import OfflinePatchcore
 from anomalib_raad.compare.timing import median_seconds
 from anomalib_raad.data.elpv import Elpv
@@ -137,15 +137,18 @@ def _export(
         return module.to_openvino(folder, name, input_size=size, **options)
 
     full = export(efficientad, "efficientad")
-    aand = Aand(post_processor=False, evaluator=False, visualizer=False)
+    aand, agpnet = (kind(post_processor=False, evaluator=False, visualizer=False) for kind in (Aand, Agpnet))
+    eight: dict[str, Any] = {"compression_type": CompressionType.INT8_PTQ, "datamodule": cells}
     models: list[tuple[str, Path, str | None]] = [
         ("EfficientAd f32", full, "f32"),
         ("EfficientAd", full, None),
         ("EfficientAd FP16", export(efficientad, "fp16", compression_type=CompressionType.FP16), None),
-        (_REFERENCE, export(efficientad, "ptq", compression_type=CompressionType.INT8_PTQ, datamodule=cells), None),
+        (_REFERENCE, export(efficientad, "ptq", **eight), None),
         ("PatchCore", _export_patchcore(folder / "patchcore.xml"), None),
         ("Aand", export(aand, "aand"), None),
-        ("Aand INT8_PTQ", export(aand, "aandptq", compression_type=CompressionType.INT8_PTQ, datamodule=cells), None),
+        ("Aand INT8_PTQ", export(aand, "aandptq", **eight), None),
+        ("Agpnet", export(agpnet, "agpnet"), None),
+        ("Agpnet INT8_PTQ", export(agpnet, "agpptq", **eight), None),
     ]
     variants = [(*model, image) for model in models]
     for name, (side, channels) in _RAADS.items():

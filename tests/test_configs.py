@@ -3,9 +3,10 @@ from pathlib import Path
 from unittest.mock import MagicMock
 
 import pytest
+import torch
 import yaml
 from anomalib.engine import Engine
-from anomalib.models import Aand, Raad
+from anomalib.models import Aand, Agpnet, Raad
 
 from anomalib_raad import RaadModel
 from anomalib_raad.cli import main
@@ -119,3 +120,20 @@ def test_the_configuration_of_aand_runs(path: Path, cell_data, tmp_path) -> None
     model.pre_processor = Aand.configure_pre_processor((64, 64))
     engine.fit(model, datamodule=cell_data())
     assert list(model.record.stages) == (["amplified"] if path.stem == "aand" else []) + ["distilled"]
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS[0].parent.glob("agpnet*.yaml")), ids=lambda path: path.stem)
+def test_the_configuration_of_agpnet_runs(path: Path, cell_data, tmp_path) -> None:
+    """Two steps, the transformer's weights being random."""
+    overrides = {"model.visualizer": False, "trainer.accelerator": "cpu", "trainer.fast_dev_run": 2}
+    engine, model, datamodule = Engine.from_config(str(path), default_root_dir=str(tmp_path), **overrides)
+    paper = path.stem == "agpnet"
+    assert datamodule.train_batch_size == (32 if paper else 4)
+    assert model.input_size == ((224, 224) if paper else (256, 256))
+    assert list(model.model.masks(torch.rand(1, 3, *model.input_size))) == (
+        ["attention", "learned", "mask"] if paper else []
+    )
+    model.model.backbone_loaded.fill_(value=True)
+    model.pre_processor = Agpnet.configure_pre_processor((64, 64))
+    engine.fit(model, datamodule=cell_data())
+    assert list(model.record.stages) == ["reconstructed"]

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from anomalib.data.utils import read_image
-from anomalib.models import Aand, Raad
+from anomalib.models import Aand, Agpnet, Raad
 from PIL import Image
 from torchvision.transforms.v2.functional import resize
 
@@ -138,8 +138,9 @@ def test_in_a_browser(checkpoint, cells, unreadable, tmp_path) -> None:
     page.close()
 
 
-def test_a_checkpoint_of_aand_is_shown(cell_data, engine, cells, tmp_path) -> None:
-    model = Aand(pre_processor=Aand.configure_pre_processor((64, 64)), visualizer=False)
+@pytest.mark.parametrize("kind", [Aand, Agpnet])
+def test_a_checkpoint_of_another_model_is_shown(cell_data, engine, cells, tmp_path, kind: type) -> None:
+    model = kind(pre_processor=kind.configure_pre_processor((64, 64)), visualizer=False)
     engine(max_steps=3, logger=False).fit(model, datamodule=cell_data())
     predict, bits = load(next(tmp_path.rglob("model.ckpt")))
     paths = [str(path) for path in cells.glob("bad/*")]

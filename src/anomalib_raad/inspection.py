@@ -18,6 +18,7 @@ from PIL import Image
 from torchvision.transforms.v2.functional import resize
 
 from .aand.lightning_model import Aand
+from .agpnet.lightning_model import Agpnet
 from .data.readable import unreadable
 from .fit.checkpoints import check_archive
 from .post_processing import check_thresholds
@@ -59,10 +60,11 @@ def load(path: Path) -> tuple[Predict, list[list[str | int]]]:
     raise ValueError(msg)
 
 
-def _model_of(path: Path) -> type[Raad] | type[Aand]:
+def _model_of(path: Path) -> type[Raad | Aand | Agpnet]:
     check_archive(path)
     content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    return Aand if Aand.__name__ in content else Raad  # which says what is wrong with any other
+    # Raad says what is wrong with any other.
+    return next((model for model in (Aand, Agpnet) if model.__name__ in content), Raad)
 
 
 def _load_ir(path: Path) -> Predict:

@@ -21,7 +21,10 @@ from anomalib_raad.agpnet.schedule import Schedule
 from anomalib_raad.fit.time_budget import TimeBudget
 
 STEPS = 9  # an epoch over 4 kept images ends within
-OPTIONS = {"visualizer": False, "decoder_width": 32, "decoder_depth": 2, "decoder_heads": 4, "ema_interval": 2}
+OPTIONS = {
+    "visualizer": False, "guided": True, "image_noise": 1.0, "decoder_width": 32, "decoder_depth": 2,
+    "decoder_heads": 4, "ema_interval": 2,
+}  # fmt: skip
 VIT = "vit_tiny_patch16_224"
 
 
@@ -42,7 +45,7 @@ def uninterrupted(cells, tmp_path_factory):
         name="cells", root=cells, normal_dir="train", normal_test_dir="good", abnormal_dir="bad",
         train_batch_size=1, eval_batch_size=2, num_workers=0, val_split_mode="same_as_test", seed=0,
     )  # fmt: skip
-    model = make_agpnet(visualizer=True, prior="activation", guided=True)
+    model = make_agpnet(visualizer=True, prior="activation")
     keep = {"save_top_k": -1, "auto_insert_metric_name": False}
     callbacks = [ModelCheckpoint(folder / "steps", "{step}", every_n_train_steps=1, **keep)]
     engine = Engine(

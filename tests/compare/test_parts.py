@@ -24,7 +24,7 @@ def call(monkeypatch: pytest.MonkeyPatch) -> dict:
 
 def test_four_models_get_ten_minutes_each_and_thresholds_without_test_images(call) -> None:
     assert compare_parts(DATA) == 0
-    assert list(call["models"]) == ["Raad", "Aand", "EfficientAd", "PatchCore"]
+    assert list(call["models"]) == ["Raad", "Aand", "Agpnet", "EfficientAd", "PatchCore"]
     assert call["trainer"]["max_time"] == "00:00:10:00"
     assert call["data"]["cells"]["class_path"] == "anomalib.data.Folder"
     arguments = call["data"]["cells"]["init_args"]
@@ -51,7 +51,7 @@ def test_what_the_user_says_counts(call) -> None:
         (["--data", "Fodler"], "Fodler"),
         (
             [*DATA, "--models", "[Rad]"],
-            "unknown models ['Rad']; there are ['Raad', 'Aand', 'EfficientAd', 'PatchCore']",
+            "unknown models ['Rad']; there are ['Raad', 'Aand', 'Agpnet', 'EfficientAd', 'PatchCore']",
         ),
         ([*DATA, "--max_time", "ten minutes"], "max_time"),
     ],

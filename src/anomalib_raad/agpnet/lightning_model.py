@@ -118,8 +118,8 @@ class Agpnet(PacedModel, PostTrainingExport, AnomalibModule):
         layers: Sequence[int] | None = None,
         feature_noise: float = 1.0,
         noise_floor: float = 0.1,
-        image_noise: float = 1.0,
-        guided: bool = True,
+        image_noise: float = 0.0,
+        guided: bool = False,
         prior: Prior | None = None,
         learned: bool = True,
         ema_decay: float = 0.999,
@@ -184,7 +184,7 @@ class Agpnet(PacedModel, PostTrainingExport, AnomalibModule):
     def _look_at_images(self) -> None:
         images = self._images.calibration
         self.record.seen = ranges(image[0] for image in self._images.plain(images))
-        if isinstance(self.model.encoder, CnnEncoder) and self.model.prior == "activation":
+        if isinstance(self.model.encoder, CnnEncoder) and self.model.has_prior:
             with self.evaluating():
                 self.model.encoder.set_statistics_(self._images.prepared(images, "Responses of the backbone"))
 

@@ -61,8 +61,8 @@ class AgpnetModel(nn.Module):
         size: tuple[int, int] = (256, 256),
         feature_noise: float = 1.0,
         noise_floor: float = 0.1,
-        image_noise: float = 1.0,
-        guided: bool = True,
+        image_noise: float = 0.0,
+        guided: bool = False,
         prior: Prior | None = None,
         learned: bool = True,
         decoder_width: int = 256,
@@ -75,6 +75,9 @@ class AgpnetModel(nn.Module):
         own = "attention" if is_vit(backbone) else "activation"
         if self.prior not in {own, "none"}:
             msg = f"prior is {prior!r}; for {backbone} it can be {own} or none"
+            raise ValueError(msg)
+        if prior not in {None, "none"} and not guided:
+            msg = f"prior is {prior!r}, and nothing guides the noise: set guided, or leave prior out"
             raise ValueError(msg)
         if guided and self.prior == "none" and not learned:
             msg = "nothing guides the noise: set prior or learned, or guided to false"

@@ -18,6 +18,7 @@ from .grid import compare
 MODELS: dict[str, dict[str, Any]] = {
     "Raad": {"class_path": "anomalib_raad.Raad"},
     "Aand": {"class_path": "anomalib_raad.Aand", "data": {"train_batch_size": 16}},
+    "Agpnet": {"class_path": "anomalib_raad.Agpnet", "data": {"train_batch_size": 4}},
     "EfficientAd": {"class_path": "anomalib_raad.compare.baselines.OfflineEfficientad"},
     "PatchCore": {
         "class_path": "anomalib_raad.compare.baselines.OfflinePatchcore",

@@ -5,7 +5,7 @@ import torch
 import yaml
 from anomalib.data import Folder
 from anomalib.engine import Engine
-from anomalib.models import Agpnet
+from anomalib.models import Aand, Agpnet
 from torchvision.transforms.v2 import RandomHorizontalFlip
 
 from anomalib_raad import Products
@@ -84,11 +84,10 @@ def test_a_dataset_that_reads_in_its_own_way__error(product, monkeypatch) -> Non
         data.setup()
 
 
-def test_metrics_of_each_product_and_their_mean(product, engine) -> None:
+@pytest.mark.parametrize("kind", [Agpnet, Aand])
+def test_metrics_of_each_product_and_their_mean(product, engine, kind: type) -> None:
     data = make_products(product)
-    model = Agpnet(
-        pre_processor=Agpnet.configure_pre_processor((64, 64)), visualizer=False, decoder_width=32, decoder_depth=1
-    )
+    model = kind(pre_processor=kind.configure_pre_processor((64, 64)), visualizer=False)
     trainer = engine(max_steps=3, logger=False)
     trainer.fit(model, datamodule=data)
     (metrics,) = trainer.test(model, datamodule=data)

@@ -2,6 +2,7 @@
 
 import math
 import time
+from abc import abstractmethod
 from collections.abc import Sequence
 from typing import cast
 
@@ -38,9 +39,9 @@ class PacedModel(StagedModel):
         self._longest: TwoStages | None = None  # the schedule whatever the time
         self._end_seconds = 0.0
 
+    @abstractmethod
     def compute_features(self, images: torch.Tensor) -> Sequence[torch.Tensor]:
         """What the frozen network says of images ``(N, 3, H, W)``, in maps ``(N, C, h, w)``."""
-        raise NotImplementedError
 
     def features_of(self, batch: ImageBatch) -> Sequence[torch.Tensor]:
         """The features of a batch; those of images that come again unchanged are computed once."""

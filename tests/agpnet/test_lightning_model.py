@@ -236,6 +236,7 @@ def test_a_fit_lays_out_the_steps_that_its_time_allows(cell_data, engine) -> Non
     assert all(schedule.first == 0 for schedule in later)
     assert 20 < later[-1].total < 300
     assert model.trainer.global_step == later[-1].total == sum(model.record.steps)
+    assert len(list(Path(model.trainer.default_root_dir).glob("masks_*.png"))) == 4  # whatever a new layout skips
 
 
 def test_early_stopping_finishes_the_model(cell_data, engine) -> None:

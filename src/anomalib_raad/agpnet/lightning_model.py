@@ -154,6 +154,7 @@ class Agpnet(PacedModel, PostTrainingExport, AnomalibModule):
         self.held_out = held_out
         self.calibration_images = calibration_images
         self.schedule = Schedule(0, train_steps)
+        self._marks: list[float] = []  # shares of the run at which masks are still to be drawn
 
     # ---------------------------------------------------------------------------------------------- before training
 
@@ -178,6 +179,7 @@ class Agpnet(PacedModel, PostTrainingExport, AnomalibModule):
     def on_train_start(self) -> None:
         """Lay out the schedule, and look at the training images, once a run."""
         self.lay_out(Schedule(0, self.train_steps), 0)
+        self._marks = [mark for mark in _MARKS if mark >= self.schedule.progress(self.global_step)]
         if not self.record.seen:
             self.once(self._look_at_images)
 
@@ -203,10 +205,8 @@ class Agpnet(PacedModel, PostTrainingExport, AnomalibModule):
         """End the run if a callback has asked for it, and draw the masks from time to time."""
         del batch, batch_idx
         self.stop_if_asked(begun=True)
-        done = self.schedule.progress(self.global_step)
-        for mark in _MARKS:
-            if done - 1 / self.schedule.total < mark <= done:
-                self._draw_masks(mark)
+        while self._marks and self._marks[0] <= self.schedule.progress(self.global_step):
+            self._draw_masks(self._marks.pop(0))
 
     def training_step(self, batch: ImageBatch, batch_idx: int) -> STEP_OUTPUT:
         """Compute the loss and log its terms."""

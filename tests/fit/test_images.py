@@ -77,3 +77,19 @@ def test_plain_images_have_no_augmentation(datamodule) -> None:
     assert torch.equal(plain, again)
     assert plain.shape == (1, 3, 300, 300)
     assert datamodule.train_data[2].image.max() == 0
+
+
+def test_shots_come_in_every_version_in_a_round(datamodule) -> None:
+    images = NormalImages(datamodule, 0.2, seed=3, shots=2)
+    assert images.held_out == images.kept == images.calibration
+    assert len(images.kept) == 2
+    images.take_over_training(lambda: 0, rank=0, world_size=1)
+    names = [path for batch in datamodule.train_dataloader() for path in batch.image_path]
+    images.release()
+    assert {names.count(path) for path in images.paths(images.kept)} == {32}
+    assert len(names) == 64
+
+
+def test_more_shots_than_images__error(datamodule) -> None:
+    with pytest.raises(ValueError, match="shots is 6, and the training set has 5 image"):
+        NormalImages(datamodule, 0.2, seed=3, shots=6)

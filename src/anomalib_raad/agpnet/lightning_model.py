@@ -106,6 +106,7 @@ class Agpnet(PacedModel, PostTrainingExport, AnomalibModule):
 
     STEADIER = "lr"
     SIZES = MIN_IMAGE_SIZE, MAX_IMAGE_SIZE
+    INTEGER = ("MatMul",)  # the errors of a convolutional backbone in 8 bits are as large as the decoder's
     logged = ("train_loss", *(f"train_{name}" for name in ReconstructionLosses._fields))
 
     model: AgpnetModel

@@ -1,7 +1,7 @@
 """Export to OpenVINO of models in floating point, quantized afterwards where a user wants it."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from anomalib.data import AnomalibDataModule
 from anomalib.deploy import CompressionType, ExportType
@@ -18,7 +18,13 @@ else:
 
 
 class PostTrainingExport(Base):
-    """Writes the graph of a model as it is, or in 8 bits with ranges from normal training images."""
+    """Writes the graph of a model as it is, or in 8 bits with ranges from normal training images.
+
+    Attributes:
+        INTEGER: Types of the layers that ``INT8_PTQ`` quantizes; ``None``: convolutions.
+    """
+
+    INTEGER: ClassVar[tuple[str, ...] | None] = None
 
     def to_openvino(
         self,
@@ -36,7 +42,7 @@ class PostTrainingExport(Base):
             export_root: The IR goes into ``weights/openvino`` in this folder.
             model_file_name: Name of the files.
             input_size: Height and width of the images; ``None``: any.
-            compression_type: ``None``, ``FP16`` for weights in float16, or ``INT8_PTQ`` for convolutions in integers.
+            compression_type: ``None``, ``FP16`` for weights in float16, or ``INT8_PTQ`` for layers in integers.
                 With the others, and with options for anomalib's conversion, anomalib exports.
             datamodule: For ``INT8_PTQ``, whose ranges come from its training images; anomalib would take those of its
                 validation, which may be test images.
@@ -58,11 +64,11 @@ class PostTrainingExport(Base):
             )
         check_installed("openvino", *(["nncf"] if compression_type == CompressionType.INT8_PTQ else []))
         from .openvino import convert, save_ir  # noqa: PLC0415  # optional parts of anomalib
-        from .post_training import quantize  # noqa: PLC0415
+        from .post_training import CONVOLUTIONS, quantize  # noqa: PLC0415
 
         path = create_export_root(export_root, ExportType.OPENVINO) / f"{model_file_name}.xml"
         graph = convert(self, input_size)
         if compression_type == CompressionType.INT8_PTQ:
-            graph = quantize(graph, datamodule)
+            graph = quantize(graph, datamodule, self.INTEGER or CONVOLUTIONS)
         save_ir(graph, path, half=compression_type == CompressionType.FP16)
         return path

@@ -1,5 +1,6 @@
 """Post-training quantization of an OpenVINO model on normal training images."""
 
+from collections.abc import Collection
 from copy import copy
 from typing import cast
 
@@ -14,18 +15,23 @@ from anomalib_raad.progress import progress
 
 _IMAGES = 300  # NNCF's own number of images that serve
 _COMPARED = 32  # of them, whose maps are compared
-_CONVOLUTIONS = ("Convolution", "ConvolutionBackpropData")
+
+CONVOLUTIONS = tuple(
+    f"{group}Convolution{transposed}" for group in ("", "Group") for transposed in ("", "BackpropData")
+)
+LINEAR = ("MatMul",)
 
 
-def quantize(model: Model, datamodule: AnomalibDataModule | None) -> Model:
-    """Quantize an anomaly detector's convolutions and linear layers to 8 bits, with ranges from normal training images.
+def quantize(model: Model, datamodule: AnomalibDataModule | None, integer: Collection[str] = CONVOLUTIONS) -> Model:
+    """Quantize layers of an anomaly detector to 8 bits, with ranges from normal training images.
 
-    Rounding makes teacher and student differ a little everywhere. What that adds to the maps of normal images is
+    Rounding makes what is compared differ a little everywhere. What that adds to the maps of normal images is
     subtracted again, so that thresholds keep their meaning.
 
     Args:
         model: Maps images in [0, 1] to an anomaly map, of which the score is the maximum.
         datamodule: Of the images; those for validation and test are not read.
+        integer: Types of the layers, :data:`CONVOLUTIONS` or :data:`LINEAR`.
 
     Raises:
         ValueError: If there is no datamodule.
@@ -45,7 +51,7 @@ def quantize(model: Model, datamodule: AnomalibDataModule | None) -> Model:
         return (resize(image, size, antialias=True) if size else image).numpy()
 
     indices = range(0, len(data), max(len(data) // _IMAGES, 1))
-    ignored = nncf.IgnoredScope(names=_in_full_precision(model), validate=False)
+    ignored = nncf.IgnoredScope(names=_in_full_precision(model, integer), validate=False)
     quantized = nncf.quantize(model, nncf.Dataset(indices, read), subset_size=_IMAGES, ignored_scope=ignored)
     before, after = _compiled_map(model), _compiled_map(quantized)
     added = [
@@ -56,24 +62,26 @@ def quantize(model: Model, datamodule: AnomalibDataModule | None) -> Model:
     return quantized
 
 
-def _in_full_precision(model: Model) -> list[str]:
-    """Names of what is not quantized: everything but convolutions and linear layers of features.
+def _in_full_precision(model: Model, integer: Collection[str]) -> list[str]:
+    """Names of what is not quantized: everything but layers of some types that see features.
 
     Normal images show the range of features, not that of anomaly maps, which an anomaly exceeds: a map of 8 bits would
     be cut off at the highest normal score.
     """
-    return [op.get_friendly_name() for op in model.get_ordered_ops() if not (_convolves_features(op) or _is_linear(op))]
+    return [
+        op.get_friendly_name()
+        for op in model.get_ordered_ops()
+        if op.get_type_name() not in integer or not (_convolves_features(op) or _is_linear(op))
+    ]
 
 
 def _convolves_features(op: Node) -> bool:
-    """Whether it is a convolution, but of a map or of an image that it normalises, which OpenVINO does not compile."""
-    channels = op.input(0).get_partial_shape()[1] if op.get_type_name().endswith(_CONVOLUTIONS) else 1
-    return channels != 1 and not (op.get_type_name() == "GroupConvolution" and channels == 3)
+    return op.get_type_name() in CONVOLUTIONS and op.input(0).get_partial_shape()[1] != 1
 
 
 def _is_linear(op: Node) -> bool:
     """Whether it multiplies by a constant matrix."""
-    if op.get_type_name() != "MatMul":
+    if op.get_type_name() not in LINEAR:
         return False
     matrix = op.input_value(1).get_node()
     while matrix.get_type_name() in {"Convert", "Transpose"}:

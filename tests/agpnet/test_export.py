@@ -109,7 +109,9 @@ def test_eight_bits(finished, data, images, tmp_path) -> None:
     plain = finished.to_openvino(tmp_path)
     path = finished.to_openvino(tmp_path, "small", compression_type=CompressionType.INT8_PTQ, datamodule=data)
     sizes = [p.with_suffix(".bin").stat().st_size for p in (path, plain)]
-    assert sizes[0] < 0.4 * sizes[1]
+    # A byte for each weight of the decoder's linear layers instead of four; biases and norms stay as they are.
+    weights = sum(p.numel() for p in finished.model.decoder.parameters() if p.ndim == 2)
+    assert sizes[1] - sizes[0] == pytest.approx(3 * weights, rel=0.05)
     found, expected = run(path, images), predict(finished, images)
     difference = torch.as_tensor(found["anomaly_map"]) - expected["anomaly_map"]
     assert difference.abs().mean() < 0.05

@@ -16,9 +16,7 @@ from anomalib_raad.progress import progress
 _IMAGES = 300  # NNCF's own number of images that serve
 _COMPARED = 32  # of them, whose maps are compared
 
-CONVOLUTIONS = tuple(
-    f"{group}Convolution{transposed}" for group in ("", "Group") for transposed in ("", "BackpropData")
-)
+CONVOLUTIONS = ("Convolution", "ConvolutionBackpropData", "GroupConvolution", "GroupConvolutionBackpropData")
 LINEAR = ("MatMul",)
 
 

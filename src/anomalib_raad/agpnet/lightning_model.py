@@ -16,7 +16,7 @@ from torchvision.transforms.v2 import Resize
 
 from anomalib_raad.data.drift import ranges
 from anomalib_raad.data.few_shot import VERSIONS, version
-from anomalib_raad.export.mixin import PostTrainingExport
+from anomalib_raad.export.mixin import LINEAR, PostTrainingExport
 from anomalib_raad.fit.checks import check_numbers
 from anomalib_raad.fit.modes import randomness
 from anomalib_raad.fit.paced_model import PacedModel
@@ -106,7 +106,7 @@ class Agpnet(PacedModel, PostTrainingExport, AnomalibModule):
 
     STEADIER = "lr"
     SIZES = MIN_IMAGE_SIZE, MAX_IMAGE_SIZE
-    INTEGER = ("MatMul",)  # the errors of a convolutional backbone in 8 bits are as large as the decoder's
+    INTEGER = LINEAR  # the errors of a convolutional backbone in 8 bits are as large as the decoder's
     logged = ("train_loss", *(f"train_{name}" for name in ReconstructionLosses._fields))
 
     model: AgpnetModel

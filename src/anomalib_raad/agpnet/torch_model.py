@@ -13,7 +13,7 @@ from torch.nn import functional as F  # noqa: N812
 from anomalib_raad.teacher.backbones import OFFLINE_BACKBONE
 
 from .decoder import Decoder
-from .encoders import CnnEncoder, Encoded, VitEncoder, build_encoder, is_vit
+from .encoders import CnnEncoder, Encoded, VitEncoder, build_encoder
 from .perturbation import disturbed, most_attended, normalized
 
 MIN_IMAGE_SIZE, MAX_IMAGE_SIZE = 32, 1024
@@ -71,8 +71,8 @@ class AgpnetModel(nn.Module):
     ) -> None:
         super().__init__()
         self.encoder: VitEncoder | CnnEncoder = build_encoder(backbone, layers, size)
-        self.prior = prior or ("attention" if is_vit(backbone) else "none")
-        own = "attention" if is_vit(backbone) else "activation"
+        own = self.encoder.PRIOR
+        self.prior = prior or ("attention" if own == "attention" else "none")
         if self.prior not in {own, "none"}:
             msg = f"prior is {prior!r}; for {backbone} it can be {own} or none"
             raise ValueError(msg)

@@ -11,6 +11,9 @@ from anomalib_raad.post_processing import check_thresholds
 
 from .installed import check_installed
 
+CONVOLUTIONS = ("Convolution", "ConvolutionBackpropData", "GroupConvolution", "GroupConvolutionBackpropData")
+LINEAR = ("MatMul",)
+
 if TYPE_CHECKING:
     from anomalib.models.components import AnomalibModule as Base
 else:
@@ -21,10 +24,10 @@ class PostTrainingExport(Base):
     """Writes the graph of a model as it is, or in 8 bits with ranges from normal training images.
 
     Attributes:
-        INTEGER: Types of the layers that ``INT8_PTQ`` quantizes; ``None``: convolutions.
+        INTEGER: OpenVINO's types of the layers that ``INT8_PTQ`` quantizes.
     """
 
-    INTEGER: ClassVar[tuple[str, ...] | None] = None
+    INTEGER: ClassVar[tuple[str, ...]] = CONVOLUTIONS
 
     def to_openvino(
         self,
@@ -64,11 +67,11 @@ class PostTrainingExport(Base):
             )
         check_installed("openvino", *(["nncf"] if compression_type == CompressionType.INT8_PTQ else []))
         from .openvino import convert, save_ir  # noqa: PLC0415  # optional parts of anomalib
-        from .post_training import CONVOLUTIONS, quantize  # noqa: PLC0415
+        from .post_training import quantize  # noqa: PLC0415
 
         path = create_export_root(export_root, ExportType.OPENVINO) / f"{model_file_name}.xml"
         graph = convert(self, input_size)
         if compression_type == CompressionType.INT8_PTQ:
-            graph = quantize(graph, datamodule, self.INTEGER or CONVOLUTIONS)
+            graph = quantize(graph, datamodule, self.INTEGER)
         save_ir(graph, path, half=compression_type == CompressionType.FP16)
         return path

@@ -16,11 +16,8 @@ from anomalib_raad.progress import progress
 _IMAGES = 300  # NNCF's own number of images that serve
 _COMPARED = 32  # of them, whose maps are compared
 
-CONVOLUTIONS = ("Convolution", "ConvolutionBackpropData", "GroupConvolution", "GroupConvolutionBackpropData")
-LINEAR = ("MatMul",)
 
-
-def quantize(model: Model, datamodule: AnomalibDataModule | None, integer: Collection[str] = CONVOLUTIONS) -> Model:
+def quantize(model: Model, datamodule: AnomalibDataModule | None, integer: Collection[str]) -> Model:
     """Quantize layers of an anomaly detector to 8 bits, with ranges from normal training images.
 
     Rounding makes what is compared differ a little everywhere. What that adds to the maps of normal images is
@@ -29,7 +26,7 @@ def quantize(model: Model, datamodule: AnomalibDataModule | None, integer: Colle
     Args:
         model: Maps images in [0, 1] to an anomaly map, of which the score is the maximum.
         datamodule: Of the images; those for validation and test are not read.
-        integer: Types of the layers, :data:`CONVOLUTIONS` or :data:`LINEAR`.
+        integer: OpenVINO's types of the layers.
 
     Raises:
         ValueError: If there is no datamodule.
@@ -69,18 +66,14 @@ def _in_full_precision(model: Model, integer: Collection[str]) -> list[str]:
     return [
         op.get_friendly_name()
         for op in model.get_ordered_ops()
-        if op.get_type_name() not in integer or not (_convolves_features(op) or _is_linear(op))
+        if op.get_type_name() not in integer or not _sees_features(op)
     ]
 
 
-def _convolves_features(op: Node) -> bool:
-    return op.get_type_name() in CONVOLUTIONS and op.input(0).get_partial_shape()[1] != 1
-
-
-def _is_linear(op: Node) -> bool:
-    """Whether it multiplies by a constant matrix."""
-    if op.get_type_name() not in LINEAR:
-        return False
+def _sees_features(op: Node) -> bool:
+    """Whether a layer has weights of its own and sees more than an anomaly map."""
+    if op.get_type_name() != "MatMul":
+        return op.input(0).get_partial_shape()[1] != 1
     matrix = op.input_value(1).get_node()
     while matrix.get_type_name() in {"Convert", "Transpose"}:
         matrix = matrix.input_value(0).get_node()

@@ -17,15 +17,9 @@ Columns = Callable[[AnomalibModule, torch.Tensor], dict[str, torch.Tensor]]
 """Further maps ``(H, W)`` of a model for an image ``(1, 3, H, W)``, by name."""
 
 
-def no_columns(model: AnomalibModule, image: torch.Tensor) -> dict[str, torch.Tensor]:
-    """No further maps."""
-    del model, image
-    return {}
-
-
 @torch.no_grad()
 def draw_test_images(
-    results: Path, module: AnomalibModule, data: AnomalibDataset, columns: Columns = no_columns
+    results: Path, module: AnomalibModule, data: AnomalibDataset, columns: Columns | None = None
 ) -> list[Path]:
     """Draw some test images of a finished run, their masks, and the anomaly map.
 
@@ -33,7 +27,7 @@ def draw_test_images(
         results: Results folder of the run; the picture is its ``maps.png``.
         module: The finished model.
         data: Test images.
-        columns: What else is drawn of each.
+        columns: What else is drawn of each, if anything.
     """
     labels, rows, further = np.asarray(data.samples.label_index), [], {}
     for kind, label in (("anomalous", 1), ("normal", 0)):
@@ -42,6 +36,6 @@ def draw_test_images(
             image = cast("torch.Tensor", item.image)[None].to(module.device)
             image = cast("torch.Tensor", module.pre_processor(image)) if module.pre_processor else image
             row = {"image": image[0]} | ({} if item.gt_mask is None else {"mask": item.gt_mask})
-            further = columns(module, image)
+            further = columns(module, image) if columns else {}
             rows.append((kind, row | further | {"anomaly map": module.model(image).anomaly_map[0, 0]}))
     return [draw_rows(results / "maps.png", rows, [[name] for name in (*further, "anomaly map")])]

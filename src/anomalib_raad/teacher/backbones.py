@@ -17,6 +17,19 @@ OFFLINE_TIMM_NAME = "tf_efficientnet_lite0"
 OFFLINE_STATISTICS = ([127 / 255] * 3, [128 / 255] * 3)
 
 
+def timm_name(name: str) -> str:
+    """What timm calls a backbone.
+
+    Raises:
+        ValueError: If it has no such backbone.
+    """
+    found = OFFLINE_TIMM_NAME if name == OFFLINE_BACKBONE else name
+    if not timm.is_model(found):
+        msg = f"timm has no backbone {name!r}; timm.list_models() names those that it has"
+        raise ValueError(msg)
+    return found
+
+
 def build_backbone(name: str, layers: Sequence[int], pretrained: bool = False) -> Any:  # noqa: ANN401  # timm's FeatureNet
     """A timm backbone that gives the feature maps of some layers, without weights unless timm is to download them.
 
@@ -29,12 +42,8 @@ def build_backbone(name: str, layers: Sequence[int], pretrained: bool = False) -
     Raises:
         ValueError: If timm has no such backbone, or the backbone no such layers.
     """
-    timm_name = OFFLINE_TIMM_NAME if name == OFFLINE_BACKBONE else name
-    if not timm.is_model(timm_name):
-        msg = f"timm has no backbone {name!r}; timm.list_models() names those that it has"
-        raise ValueError(msg)
     try:
-        return timm.create_model(timm_name, pretrained=pretrained, features_only=True, out_indices=tuple(layers))
+        return timm.create_model(timm_name(name), pretrained=pretrained, features_only=True, out_indices=tuple(layers))
     except (IndexError, AssertionError, ValueError) as error:
         msg = f"backbone {name!r} has no feature maps {tuple(layers)}; choose indices timm accepts as out_indices"
         raise ValueError(msg) from error

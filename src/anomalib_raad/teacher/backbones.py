@@ -42,8 +42,9 @@ def build_backbone(name: str, layers: Sequence[int], pretrained: bool = False) -
     Raises:
         ValueError: If timm has no such backbone, or the backbone no such layers.
     """
+    found = timm_name(name)
     try:
-        return timm.create_model(timm_name(name), pretrained=pretrained, features_only=True, out_indices=tuple(layers))
+        return timm.create_model(found, pretrained=pretrained, features_only=True, out_indices=tuple(layers))
     except (IndexError, AssertionError, ValueError) as error:
         msg = f"backbone {name!r} has no feature maps {tuple(layers)}; choose indices timm accepts as out_indices"
         raise ValueError(msg) from error

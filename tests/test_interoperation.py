@@ -115,6 +115,8 @@ def test_tiled_ensemble(tmp_path, monkeypatch) -> None:
     maps = RaadModel.maps
     monkeypatch.setattr(RaadModel, "maps", lambda self, image: sizes.append(image.shape[-2:]) or maps(self, image))
     TrainTiledEnsemble().run(Namespace(config=tmp_path / "ensemble.yaml"))
-    assert len(list(tmp_path.rglob("model0_?.ckpt"))) == 2
+    for name in ("model", "trained", "quantized"):
+        assert [path.stem for path in sorted(tmp_path.rglob(f"{name}*.ckpt"))] == [f"{name}0_0", f"{name}0_1"]
+    assert {path.parent.name for path in tmp_path.rglob("quantization.json")} == {"0_0", "0_1"}
     assert next(tmp_path.rglob("stats.json")).stat().st_size
     assert set(sizes) == {(64, 64)}

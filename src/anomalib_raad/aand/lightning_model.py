@@ -277,7 +277,7 @@ class Aand(PacedModel, PostTrainingExport, AnomalibModule):
         self._end_stage(Stage.DISTILLED, self.global_step + 1)
         if self.trainer.is_global_zero and not is_dev_run(self.trainer):
             textures = str(self.texture_dir or "Perlin noise") if self.amplify else None
-            write_report(Path(self.trainer.default_root_dir), self.record.stages, textures)
+            write_report(self.results, self.record.stages, textures)
 
     def _end_stage(self, stage: Stage, step: int) -> None:
         """Note what the model says of held-out normal images, with and without synthetic anomalies; save the model."""
@@ -301,7 +301,8 @@ class Aand(PacedModel, PostTrainingExport, AnomalibModule):
         foregrounds = [self.model.foreground(image) for image in images]
         drawn = [synthesis(*pair) for pair in zip(images, foregrounds, strict=True)]
         if self.trainer.is_global_zero and not is_dev_run(self.trainer):
-            path = Path(self.trainer.default_root_dir) / f"synthesis_{stage.value}.png"
+            path = self.results / f"synthesis_{stage.value}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
             log_figures(self.loggers, [draw_synthesis(path, self.model, drawn, foregrounds)], step)
         share = float(torch.stack([part.mean() for part in foregrounds]).mean())
         return gate_figures(self.model, images, drawn) | {"foreground": share}

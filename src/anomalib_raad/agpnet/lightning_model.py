@@ -259,12 +259,12 @@ class Agpnet(PacedModel, PostTrainingExport, AnomalibModule):
         self.end_stage(Stage.RECONSTRUCTED.value, self.global_step + 1, {}, figures)
         self._draw_masks(1.0)
         if self.trainer.is_global_zero and not is_dev_run(self.trainer):
-            write_report(Path(self.trainer.default_root_dir), self.record.stages, self.model.description)
+            write_report(self.results, self.record.stages, self.model.description)
 
     def _draw_masks(self, mark: float) -> None:
         if not self.model.guided or not self.trainer.is_global_zero or is_dev_run(self.trainer):
             return
-        path = Path(self.trainer.default_root_dir) / f"masks_{100 * mark:03.0f}.png"
+        path = self.results / f"masks_{100 * mark:03.0f}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         with self.evaluating():
             images = list(self._images.prepared(self._images.kept[:_SHOWN], "Drawing the masks"))

@@ -43,6 +43,7 @@ from .trainer import (
     monitors_of,
     put_off_validation,
     stop_not_before,
+    tile_of,
 )
 
 logger = logging.getLogger(__name__)
@@ -302,7 +303,7 @@ class StagedModel(Base):
         callback = self.trainer.checkpoint_callback
         folder = callback.dirpath if isinstance(callback, ModelCheckpoint) and not is_dev_run(self.trainer) else None
         if folder and step < self.schedule.total:
-            self.trainer.save_checkpoint(Path(folder) / f"{name}.ckpt")
+            self.trainer.save_checkpoint(Path(folder) / f"{name}{tile_of(self.trainer)}.ckpt")
 
     def once(self, change: Callable[[], None]) -> None:
         """Let one process change the model and give all others the result."""
@@ -315,6 +316,11 @@ class StagedModel(Base):
     def evaluating(self) -> AbstractContextManager[None]:
         """Evaluation mode in the trainer's precision, without gradients."""
         return evaluating(self.model, self.trainer)
+
+    @property
+    def results(self) -> Path:
+        """The folder for what a run reports; each model of a tiled ensemble has one."""
+        return Path(self.trainer.default_root_dir) / tile_of(self.trainer)
 
     @property
     def transform(self) -> Transform | None:

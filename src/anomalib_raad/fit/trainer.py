@@ -1,10 +1,11 @@
 """What Lightning's ``Trainer`` has without declaring it."""
 
+import re
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import Callback, EarlyStopping
+from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
 
 _PUT_OFF = "raad_limit_val_batches"
@@ -18,6 +19,14 @@ def datamodule_of(trainer: Trainer) -> Any:  # noqa: ANN401  # of any class, Non
 def is_dev_run(trainer: Trainer) -> bool:
     """Whether the run is one of ``fast_dev_run``, which writes nothing."""
     return bool(vars(trainer).get("fast_dev_run"))
+
+
+def tile_of(trainer: Trainer) -> str:
+    """The tile whose model anomalib's tiled ensemble trains, as its checkpoint names it: ``0_1``; empty without one."""
+    callback = trainer.checkpoint_callback
+    name = callback.filename if isinstance(callback, ModelCheckpoint) else None
+    tile = re.fullmatch(r"model(\d+_\d+)", name or "")
+    return tile[1] if tile else ""
 
 
 def images_a_step(trainer: Trainer) -> int:

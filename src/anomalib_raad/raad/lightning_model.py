@@ -334,7 +334,7 @@ class Raad(StagedModel, AnomalibModule):
         self._end_stage(Stage.FINE_TUNED, self.global_step + 1)
         if self.trainer.is_global_zero and not is_dev_run(self.trainer):
             stages = list(self.record.stages.values())
-            picture = write_report(Path(self.trainer.default_root_dir), self.model, self.record.outcome, stages)
+            picture = write_report(self.results, self.model, self.record.outcome, stages)
             log_figures(self.loggers, [picture], self.global_step + 1)
 
     def teardown(self, stage: str) -> None:

@@ -414,6 +414,12 @@ def test_normalize__error(cell_data, small_raad, engine) -> None:
         engine(max_steps=2, logger=False).fit(small_raad(pre_processor=processor), datamodule=cell_data())
 
 
+def test_a_size_from_augmentations_alone__error(cell_data, small_raad, engine) -> None:
+    data = cell_data(augmentations=Resize((64, 64)))
+    with pytest.raises(ValueError, match="training augmentations resize"):
+        engine(max_steps=2, logger=False).fit(small_raad(pre_processor=False), datamodule=data)
+
+
 @pytest.mark.parametrize("size", [(32, 64), (64, 2048)])
 def test_image_size__error(cell_data, small_raad, engine, size: tuple[int, int]) -> None:
     model = small_raad(pre_processor=Raad.configure_pre_processor(size))

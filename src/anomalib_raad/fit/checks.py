@@ -8,7 +8,7 @@ from typing import Any
 from anomalib.data import AnomalibDataModule
 from anomalib.data.transforms.utils import extract_transforms_by_type
 from lightning.pytorch import Trainer
-from torchvision.transforms.v2 import Normalize, Transform
+from torchvision.transforms.v2 import Normalize, Resize, Transform
 
 from anomalib_raad.data.readable import list_faults, unreadable
 from anomalib_raad.progress import progress
@@ -94,18 +94,29 @@ def check_monitors(trainer: Trainer, logged: Collection[str]) -> None:
             raise ValueError(msg)
 
 
-def check_transform(transform: Transform | None, input_size: tuple[int, int] | None, least: int, most: int) -> None:
+def check_transform(
+    transform: Transform | None,
+    augmentations: Transform | None,
+    input_size: tuple[int, int] | None,
+    least: int,
+    most: int,
+) -> None:
     """Check what a model will see of an image.
 
     Args:
         transform: The pre-processor's transform.
+        augmentations: The datamodule's, of training images.
         input_size: Height and width that it resizes to, if any.
         least: Smallest side.
         most: Largest side.
 
     Raises:
-        ValueError: If it normalises, or resizes to another size.
+        ValueError: If it normalises, or resizes to another size, or augmentations resize instead of it.
     """
+    if not transform and augmentations and extract_transforms_by_type(augmentations, Resize):
+        msg = "training augmentations resize, which held-out images do not have: give the size to the pre-processor "
+        msg += "instead of pre_processor=False"
+        raise ValueError(msg)
     if transform and extract_transforms_by_type(transform, Normalize):
         msg = "the pre-processor has a Normalize; the networks normalise themselves and need images in [0, 1]"
         raise ValueError(msg)

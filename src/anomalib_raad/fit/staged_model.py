@@ -143,7 +143,7 @@ class StagedModel(Base):
         if gives_verdicts(self.post_processor) and not self.trainer.limit_val_batches:
             msg = "limit_val_batches is 0, and the thresholds come from the validation set: leave it out"
             raise ValueError(msg)
-        check_transform(self.transform, self.input_size, *self.SIZES)
+        check_transform(self.transform, datamodule.train_augmentations, self.input_size, *self.SIZES)
 
     def on_fit_start(self) -> None:
         """Fix the run's seed and with it the split and the order of the training images."""

@@ -37,6 +37,15 @@ def test_the_mask_is_the_sum_of_its_normalized_parts(images) -> None:
     torch.testing.assert_close(model.masks(images)["mask"], expected)
 
 
+def test_the_border_of_a_padding_backbone_attracts_no_attention(images, monkeypatch) -> None:
+    model = make_model()
+    attention = torch.rand(2, 1, 4, 6)
+    attention[..., 0] += 100
+    monkeypatch.setattr(model.momentum, "attention", lambda features: attention)
+    expected = F.pad(normalized(attention[..., 1:-1, 1:-1]), (1, 1, 1, 1), mode="replicate")
+    torch.testing.assert_close(model.masks(images)["learned"], expected)
+
+
 @pytest.mark.parametrize(
     ("options", "parts"),
     [

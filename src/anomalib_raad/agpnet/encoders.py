@@ -50,6 +50,7 @@ class VitEncoder(nn.Module):
     """
 
     PRIOR = "attention"
+    PADS = False  # whether features at the border have seen padding
 
     def __init__(self, name: str, blocks: Sequence[int], size: tuple[int, int]) -> None:
         super().__init__()
@@ -122,6 +123,7 @@ class CnnEncoder(nn.Module):
     """
 
     PRIOR = "activation"
+    PADS = True
 
     means: torch.Tensor
     deviations: torch.Tensor

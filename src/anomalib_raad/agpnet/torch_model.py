@@ -13,7 +13,7 @@ from torch.nn import functional as F  # noqa: N812
 from anomalib_raad.teacher.backbones import OFFLINE_BACKBONE
 
 from .decoder import Decoder
-from .encoders import CnnEncoder, Encoded, VitEncoder, build_encoder
+from .encoders import CnnEncoder, Encoded, VitEncoder, build_encoder, without_border
 from .perturbation import disturbed, most_attended, normalized
 
 MIN_IMAGE_SIZE, MAX_IMAGE_SIZE = 32, 1024
@@ -119,7 +119,9 @@ class AgpnetModel(nn.Module):
         if self.has_prior:
             parts[self.prior] = normalized(encoded.prior)
         if self.guided and self.learned:
-            parts["learned"] = normalized(self.momentum.attention(encoded.features))
+            learned = self.momentum.attention(encoded.features)
+            # The border's features, which have seen padding, attract attention whatever a part shows there.
+            parts["learned"] = normalized(without_border(learned) if self.encoder.PADS else learned)
         return parts
 
     def masks(self, image: torch.Tensor) -> dict[str, torch.Tensor]:

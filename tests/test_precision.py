@@ -31,11 +31,17 @@ def test_fastest_precision(bfloat16: bool) -> None:
 
 @pytest.mark.parametrize(
     ("kind", "device", "slow"),
-    [("bf16-mixed", "cpu", True), ("bf16-true", "cpu", True), ("32-true", "cpu", False), ("bf16-mixed", "meta", False)],
+    [("bf16-mixed", "cpu", True), ("32-true", "cpu", False), ("bf16-mixed", "meta", False)],
 )
-def test_warn_of_slow_precision(bfloat16: bool, kind: str, device: str, slow: bool, monkeypatch) -> None:
+def test_slow_precision__warning(bfloat16: bool, kind: str, device: str, slow: bool, monkeypatch) -> None:
     warnings: list[str] = []
     monkeypatch.setattr(precision.logger, "warning", lambda text, *arguments: warnings.append(text % arguments))
-    precision.warn_of_slow_precision(trainer(kind, device))
+    precision.check_precision(trainer(kind, device))
     expected = f"no bfloat16 instructions in this processor: {kind} takes several times as long"
     assert [text.startswith(expected) for text in warnings] == [True] * (slow and not bfloat16)
+
+
+@pytest.mark.parametrize("kind", ["bf16", "16"])
+def test_weights_in_half_precision__error(kind: str) -> None:
+    with pytest.raises(ValueError, match=f"precision is {kind}-true, .* take {kind}-mixed or 32-true"):
+        precision.check_precision(trainer(f"{kind}-true"))

@@ -19,8 +19,16 @@ def fastest_precision() -> str:
     return "bf16-mixed" if has_bfloat16() else "32-true"
 
 
-def warn_of_slow_precision(trainer: Trainer) -> None:
-    """Say so if a fit on the processor is about to emulate bfloat16."""
+def check_precision(trainer: Trainer) -> None:
+    """Say so if a fit on the processor is about to emulate bfloat16.
+
+    Raises:
+        ValueError: If the weights themselves would be in half precision, in which small steps are lost.
+    """
+    if trainer.precision in {"bf16-true", "16-true"}:
+        mixed = trainer.precision.replace("true", "mixed")
+        msg = f"precision is {trainer.precision}, in which weights lose small steps: take {mixed} or 32-true"
+        raise ValueError(msg)
     if trainer.strategy.root_device.type == "cpu" and str(trainer.precision).startswith("bf16") and not has_bfloat16():
         logger.warning(
             "no bfloat16 instructions in this processor: %s takes several times as long as --trainer.precision 32-true",

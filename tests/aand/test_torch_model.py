@@ -162,6 +162,7 @@ def test_figures_of_a_gate_that_knows(loaded, monkeypatch) -> None:
     [
         ({"backbone": "resnet1"}, "timm has no backbone 'resnet1'"),
         ({"backbone": "resnet18", "layers": (2, 3, 5)}, r"has no feature maps \(2, 3, 5\)"),
+        ({"backbone": "swin_tiny_patch4_window7_224", "layers": (0, 1, 2)}, "gives its maps as NHWC"),
         ({"layers": (1, 3)}, r"strides \[4, 16\]; each must be twice the one before"),
     ],
 )

@@ -23,7 +23,7 @@ from typing_extensions import Self
 from anomalib_raad.evaluation import ProductEvaluator
 from anomalib_raad.post_processing import RaadPostProcessor, check_thresholds, gives_verdicts
 from anomalib_raad.pre_processing import RaadPreProcessor
-from anomalib_raad.precision import warn_of_slow_precision
+from anomalib_raad.precision import check_precision
 from anomalib_raad.progress import shown
 
 from .checkpoints import AtomicCheckpointIO, check_archive, check_finite, keep_metrics_of, state_of
@@ -137,7 +137,7 @@ class StagedModel(Base):
         if datamodule is None:
             msg = f"{self.name} splits its training images itself: pass a datamodule to fit, not dataloaders"
             raise ValueError(msg)
-        warn_of_slow_precision(self.trainer)
+        check_precision(self.trainer)
         check_monitors(self.trainer, self.logged)
         check_images(datamodule, gives_verdicts(self.post_processor), self.shots is not None)
         if gives_verdicts(self.post_processor) and not self.trainer.limit_val_batches:

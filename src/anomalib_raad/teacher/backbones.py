@@ -7,6 +7,7 @@ from typing import Any
 
 import timm
 import torch
+from timm.layers import Format
 from torch import nn
 from torch.nn import functional
 
@@ -40,14 +41,19 @@ def build_backbone(name: str, layers: Sequence[int], pretrained: bool = False) -
         pretrained: Whether timm loads its weights, which it downloads where they are not there.
 
     Raises:
-        ValueError: If timm has no such backbone, or the backbone no such layers.
+        ValueError: If timm has no such backbone, or the backbone no such layers, or maps of channels last.
     """
     found = timm_name(name)
     try:
-        return timm.create_model(found, pretrained=pretrained, features_only=True, out_indices=tuple(layers))
+        backbone = timm.create_model(found, pretrained=pretrained, features_only=True, out_indices=tuple(layers))
     except (IndexError, AssertionError, ValueError) as error:
         msg = f"backbone {name!r} has no feature maps {tuple(layers)}; choose indices timm accepts as out_indices"
         raise ValueError(msg) from error
+    order = Format(getattr(backbone, "output_fmt", Format.NCHW))  # timm's EfficientNets do not say it
+    if order is not Format.NCHW:
+        msg = f"backbone {name!r} gives its maps as {order.value}; take one that gives NCHW, such as a CNN"
+        raise ValueError(msg)
+    return backbone
 
 
 def create_backbone(name: str, layers: Sequence[int], weights: str | Path | None = None) -> Any:  # noqa: ANN401

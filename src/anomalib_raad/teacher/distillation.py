@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
 from anomalib_raad.fit.trainer import datamodule_of
-from anomalib_raad.precision import warn_of_slow_precision
+from anomalib_raad.precision import check_precision
 
 from .features import PatchFeatures
 from .pdn import LOST_CELLS, STRIDE, create_pdn
@@ -195,7 +195,7 @@ class Distillation(LightningModule):
 
     def on_fit_start(self) -> None:
         """Compute the features' channel statistics once; a resumed run finds them in the checkpoint."""
-        warn_of_slow_precision(self.trainer)
+        check_precision(self.trainer)
         if self.feature_std.any():
             return
         loader = datamodule_of(self.trainer).train_dataloader()

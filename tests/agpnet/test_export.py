@@ -17,7 +17,7 @@ from anomalib_raad.agpnet.encoders import VitEncoder
 onnxruntime = pytest.importorskip("onnxruntime")
 openvino = pytest.importorskip("openvino")
 
-SMALL = {"decoder_width": 64, "decoder_depth": 2, "decoder_heads": 4, "visualizer": False}
+SMALL = {"guided": True, "decoder_width": 64, "decoder_depth": 2, "decoder_heads": 4, "visualizer": False}
 
 
 @pytest.fixture(scope="module")

@@ -232,10 +232,10 @@ class Agpnet(PacedModel, PostTrainingExport, AnomalibModule):
         """Features and prior."""
         return self.model.encode(images)
 
-    def _loss(self, images: torch.Tensor, encoded: Encoded, step: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    def _loss(self, images: torch.Tensor, encoded: Encoded, step: int) -> tuple[torch.Tensor, dict[str, Any]]:
         """L_total (Eq. 6) with the noise of a step."""
         losses = self.model.losses(images, encoded, self.schedule.alpha(step), self.schedule.rho(step))
-        return losses.total, {name: term for name, term in losses._asdict().items() if term is not None}
+        return losses.total, losses._asdict()
 
     def held_out_loss(self, image: torch.Tensor) -> torch.Tensor:
         """The loss with the noise of the run's end, for a held-out normal image ``(1, 3, H, W)``."""

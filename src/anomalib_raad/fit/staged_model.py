@@ -2,7 +2,7 @@
 
 import logging
 from abc import abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, cast
@@ -236,17 +236,18 @@ class StagedModel(Base):
         turn = batch_idx % self.trainer.accumulate_grad_batches
         return randomness([int(self.run_seed), self.global_step, turn, self.global_rank], self.device)
 
-    def log_losses(self, loss: torch.Tensor, terms: dict[str, torch.Tensor], stage: int) -> None:
-        """Log a step's loss, its terms and the number of its stage.
+    def log_losses(self, loss: torch.Tensor, terms: Mapping[str, torch.Tensor | None], stage: int) -> None:
+        """Log a step's loss, its terms, of which those that the settings leave out are None, and its stage's number.
 
         Raises:
             FloatingPointError: If the loss is not finite.
         """
+        present = {name: term for name, term in terms.items() if term is not None}
         if not torch.isfinite(loss):
-            self._stop_at_non_finite("loss", ", ".join(f"{name}={term.item()}" for name, term in terms.items()))
+            self._stop_at_non_finite("loss", ", ".join(f"{name}={term.item()}" for name, term in present.items()))
         self.log("stage", float(stage), prog_bar=True)
         self.log("train_loss", loss, prog_bar=True)
-        self.log_dict({f"train_{name}": term for name, term in terms.items()})
+        self.log_dict({f"train_{name}": term for name, term in present.items()})
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Stop before a gradient that is not finite can spoil the weights."""

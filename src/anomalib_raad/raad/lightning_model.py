@@ -304,9 +304,8 @@ class Raad(StagedModel, AnomalibModule):
         features = None if paths is None else self._teacher_features(paths, images)[0]
         with self.step_randomness(batch_idx):
             losses: Losses = self.model(images, self._penalty.draw(images) if self._penalty else None, features)
-        terms = {name: term for name, term in losses._asdict().items() if term is not None}
         loss = losses.weighted(self.lambdas)
-        self.log_losses(loss, terms, self.schedule.stage(self.global_step).number)
+        self.log_losses(loss, losses._asdict(), self.schedule.stage(self.global_step).number)
         return loss
 
     def on_train_batch_end(self, outputs: STEP_OUTPUT, batch: Batch, batch_idx: int) -> None:
